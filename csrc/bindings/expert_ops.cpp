@@ -1,0 +1,183 @@
+// SPDX-License-Identifier: Apache-2.0
+// The expert MLP as ops: fused_experts with its backward, and its packed form for inference.
+#include "tensors.h"
+
+namespace moe::binding {
+namespace {
+
+/// What all expert ops share. Holds the tensors that the struct points to.
+struct Mlp {
+  Tensor x, weights, ids, row_to_slot, expert_offsets;
+  MaybeTensor w13_bias, w2_bias, hidden_mask;
+  ExpertMlp args{};
+
+  Mlp(const char* op, const Tensor& x_, int64_t E, int64_t I, DType weight_dtype, const Tensor& topk_weights,
+      const Tensor& topk_ids, const MaybeTensor& w13_bias_, const MaybeTensor& w2_bias_, const MaybeTensor& expert_map,
+      const MaybeTensor& hidden_mask_, int64_t activation, bool gated, bool weight_on_input, double limit, double alpha)
+      : x(with_contiguous_rows(x_)) {
+    const DType dtype = dtype_of(op, "x", x);
+    const ScalarType acc = acc_of(dtype);
+    require(acc == acc_of(weight_dtype), op, ": x and the weights must both be float64, or neither");
+    require(x.dim() == 2 && topk_ids.dim() == 2, op, ": x must be [T, H] and topk_ids [T, K]");
+    require(activation >= 0 && activation <= 5, op, ": no activation ", activation);
+    const int64_t T = x.size(0), H = x.size(1), K = topk_ids.size(1), S = T * K;
+    want(op, "topk_ids", topk_ids, {T, K});
+    want(op, "topk_weights", topk_weights, {T, K});
+    if (w13_bias_) want(op, "w13_bias", *w13_bias_, {E, gated ? 2 * I : I});
+    if (w2_bias_) want(op, "w2_bias", *w2_bias_, {E, H});
+    if (hidden_mask_) want(op, "hidden_mask", *hidden_mask_, {T, K, I});
+    weights = to_type(topk_weights, acc), hidden_mask = to_type(hidden_mask_, acc);
+    w13_bias = to_type(w13_bias_, scalar_of(weight_dtype)), w2_bias = to_type(w2_bias_, scalar_of(weight_dtype));
+    ids = narrow_ids(op, topk_ids, E, expert_map);
+    row_to_slot = empty(x, {S}, ScalarType::Int), expert_offsets = empty(x, {E + 1}, ScalarType::Int);
+    cpu::permute_index({S, E, S, 1, ids.const_data_ptr<int32_t>(), expert_offsets.mutable_data_ptr<int32_t>(),
+                        row_to_slot.mutable_data_ptr<int32_t>(), nullptr});
+    args.T = T, args.H = H, args.I = I, args.E = E, args.K = K, args.dtype = dtype, args.weight_dtype = weight_dtype;
+    args.activation = Activation(activation), args.gated = gated, args.weight_on_input = weight_on_input;
+    args.limit = limit, args.alpha = alpha, args.x = x.const_data_ptr(), args.x_stride = T ? x.stride(0) : H;
+    args.w13_bias = data_of(w13_bias), args.w2_bias = data_of(w2_bias), args.topk_weights = weights.const_data_ptr();
+    args.hidden_mask = data_of(hidden_mask), args.row_to_slot = row_to_slot.const_data_ptr<int32_t>();
+    args.expert_offsets = expert_offsets.const_data_ptr<int32_t>();
+  }
+
+  void set_weights(const char* op, const Tensor& w13, const Tensor& w2, bool interleaved, bool transposed) {
+    const int64_t rows = args.gated ? 2 * args.I : args.I;
+    if (transposed) want(op, "w13", w13, {args.E, args.H, rows}), want(op, "w2", w2, {args.E, args.I, args.H});
+    else want(op, "w13", w13, {args.E, rows, args.H}), want(op, "w2", w2, {args.E, args.H, args.I});
+    require(w2.scalar_type() == w13.scalar_type(), op, ": w13 and w2 must have one dtype");
+    require(args.gated || !interleaved, op, ": interleaved needs gated weights");
+    args.interleaved = interleaved, args.w13 = weight_of(w13, transposed), args.w2 = weight_of(w2, transposed);
+  }
+};
+
+std::tuple<Tensor, Tensor> fused_experts(const Tensor& x, const Tensor& w13, const Tensor& w2,
+                                         const Tensor& topk_weights, const Tensor& topk_ids,
+                                         const MaybeTensor& w13_bias, const MaybeTensor& w2_bias,
+                                         const MaybeTensor& expert_map, const MaybeTensor& hidden_mask,
+                                         int64_t activation, bool gated, bool interleaved, bool transposed,
+                                         bool weight_on_input, double limit, double alpha, bool save_hidden) {
+  require(w13.dim() == 3 && w2.dim() == 3, "fused_experts: w13 and w2 must be 3-D");
+  Mlp mlp("fused_experts", x, w13.size(0), w2.size(transposed ? 1 : 2), dtype_of("fused_experts", "w13", w13),
+          topk_weights, topk_ids, w13_bias, w2_bias, expert_map, hidden_mask, activation, gated, weight_on_input, limit,
+          alpha);
+  mlp.set_weights("fused_experts", w13, w2, interleaved, transposed);
+  const ExpertMlp& p = mlp.args;
+  Tensor y = empty(mlp.x, {p.T, p.H}, x.scalar_type());
+  Tensor hidden = save_hidden ? empty(mlp.x, {p.T * p.K, gated ? 2 * p.I : p.I}, x.scalar_type())
+                              : empty(mlp.x, {0}, x.scalar_type());
+  FusedExpertsArgs args{p, save_hidden ? hidden.mutable_data_ptr() : nullptr, y.mutable_data_ptr(), nullptr};
+  const Workers workers = torch_workers();
+  const Tensor space = workspace(mlp.x, cpu::fused_experts_workspace_bytes, args, workers);
+  cpu::fused_experts(args, workers);
+  return {y, hidden};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_experts_backward(
+    const Tensor& grad_y_, const Tensor& hidden, const Tensor& x, const Tensor& w13, const Tensor& w2,
+    const Tensor& topk_weights, const Tensor& topk_ids, const MaybeTensor& w13_bias, const MaybeTensor& w2_bias,
+    const MaybeTensor& expert_map, const MaybeTensor& hidden_mask, int64_t activation, bool gated, bool interleaved,
+    bool transposed, bool weight_on_input, double limit, double alpha, int64_t needs) {
+  constexpr const char* op = "fused_experts_backward";
+  require(w13.dim() == 3 && w2.dim() == 3, op, ": w13 and w2 must be 3-D");
+  Mlp mlp(op, x, w13.size(0), w2.size(transposed ? 1 : 2), dtype_of(op, "w13", w13), topk_weights, topk_ids, w13_bias,
+          w2_bias, expert_map, hidden_mask, activation, gated, weight_on_input, limit, alpha);
+  mlp.set_weights(op, w13, w2, interleaved, transposed);
+  const ExpertMlp& p = mlp.args;
+  const int64_t rows = gated ? 2 * p.I : p.I;
+  const Tensor grad_y = with_contiguous_rows(to_type(grad_y_, x.scalar_type()));
+  want(op, "grad_y", grad_y, {p.T, p.H});
+  if (hidden.numel() > 0) want(op, "hidden", hidden, {p.T * p.K, rows});
+  const Tensor saved = dense(hidden);
+  const auto result = [&](int bit, std::vector<int64_t> sizes, ScalarType type) {
+    return empty(mlp.x, needs >> bit & 1 ? sizes : std::vector<int64_t>{0}, type);
+  };
+  const auto sizes_of = [](const Tensor& t) { return std::vector<int64_t>(t.sizes().begin(), t.sizes().end()); };
+  const ScalarType weight_type = w13.scalar_type();
+  Tensor grad_x = result(0, {p.T, p.H}, x.scalar_type()), grad_w13 = result(1, sizes_of(w13), weight_type);
+  Tensor grad_w2 = result(2, sizes_of(w2), weight_type), grad_weights = result(3, {p.T, p.K}, acc_of(p.dtype));
+  Tensor grad_b13 = result(4, {p.E, rows}, weight_type), grad_b2 = result(5, {p.E, p.H}, weight_type);
+  const auto out = [&](int bit, Tensor& t) { return needs >> bit & 1 ? t.mutable_data_ptr() : nullptr; };
+  if (needs >> 3 & 1) torch::stable::zero_(grad_weights);  // of absent slots
+  FusedExpertsBackwardArgs args{p,
+                                grad_y.const_data_ptr(),
+                                p.T ? grad_y.stride(0) : p.H,
+                                saved.numel() ? saved.const_data_ptr() : nullptr,
+                                out(0, grad_x),
+                                out(1, grad_w13),
+                                out(2, grad_w2),
+                                out(3, grad_weights),
+                                out(4, grad_b13),
+                                out(5, grad_b2),
+                                {},
+                                {},
+                                nullptr};
+  if (needs >> 1 & 1) args.w13_out = weight_of(grad_w13, transposed);
+  if (needs >> 2 & 1) args.w2_out = weight_of(grad_w2, transposed);
+  const Workers workers = torch_workers();
+  const Tensor space = workspace(mlp.x, cpu::fused_experts_backward_workspace_bytes, args, workers);
+  cpu::fused_experts_backward(args, workers);
+  return {grad_x, grad_w13, grad_w2, to_type(grad_weights, topk_weights.scalar_type()), grad_b13, grad_b2};
+}
+
+/// One of the two packed tensors: parts matrices (gate and up, or one) of N rows an expert, first at rows 0, 1 or I of
+/// w.
+Tensor pack(const Tensor& w, bool transposed, int64_t parts, bool interleaved, DType dtype) {
+  const Weight whole = weight_of(w, transposed);
+  const int64_t E = w.size(0), N = w.size(transposed ? 2 : 1) / parts, K = w.size(transposed ? 1 : 2);
+  const int64_t panels = (N + kPanel - 1) / kPanel, size = K * kPanel;
+  Tensor packed = empty(w, {E, panels, parts, K, kPanel}, scalar_of(dtype));
+  for (int64_t part = 0; part < parts; ++part) {
+    Weight one = whole;
+    const int64_t first = interleaved ? part : part * N;
+    one.data =
+        static_cast<const char*>(one.data) + first * whole.row_stride * dtype_bytes(dtype_of("pack_experts", "w", w));
+    if (interleaved) one.row_stride *= parts;
+    cpu::pack_experts({E, N, K, dtype_of("pack_experts", "w", w), dtype, one,
+                       static_cast<char*>(packed.mutable_data_ptr()) + part * size * dtype_bytes(dtype),
+                       panels * parts * size, parts * size},
+                      torch_workers());
+  }
+  return packed;
+}
+std::tuple<Tensor, Tensor> pack_experts(const Tensor& w13, const Tensor& w2, bool gated, bool interleaved,
+                                        bool transposed, int64_t dtype) {
+  require(w13.dim() == 3 && w2.dim() == 3 && dtype >= 0 && dtype <= 3, "pack_experts: w13 and w2 must be 3-D");
+  Tensor second = pack(w2, transposed, 1, false, DType(dtype));
+  return {pack(w13, transposed, gated ? 2 : 1, interleaved, DType(dtype)),
+          torch::stable::view(second, {second.size(0), second.size(1), second.size(3), second.size(4)})};
+}
+
+Tensor fused_experts_packed(const Tensor& x, const Tensor& packed13, const Tensor& packed2, int64_t I,
+                            const Tensor& topk_weights, const Tensor& topk_ids, const MaybeTensor& w13_bias,
+                            const MaybeTensor& w2_bias, const MaybeTensor& expert_map, const MaybeTensor& hidden_mask,
+                            int64_t activation, bool gated, bool weight_on_input, double limit, double alpha) {
+  constexpr const char* op = "fused_experts_packed";
+  require(packed13.dim() == 5 && packed2.dim() == 4 && packed13.is_contiguous() && packed2.is_contiguous(), op,
+          ": the weights must come from pack_experts");
+  const int64_t E = packed13.size(0), W = kPanel;
+  Mlp mlp(op, x, E, I, dtype_of(op, "packed13", packed13), topk_weights, topk_ids, w13_bias, w2_bias, expert_map,
+          hidden_mask, activation, gated, weight_on_input, limit, alpha);
+  ExpertMlp& p = mlp.args;
+  want(op, "packed13", packed13, {E, (I + W - 1) / W, gated ? 2 : 1, p.H, W});
+  want(op, "packed2", packed2, {E, (p.H + W - 1) / W, I, W});
+  require(packed2.scalar_type() == packed13.scalar_type(), op, ": packed13 and packed2 must have one dtype");
+  p.w13 = {packed13.const_data_ptr(), packed13.stride(0), 1, W, p.H * W, true};
+  p.w2 = {packed2.const_data_ptr(), packed2.stride(0), 1, W, I * W, true};
+  Tensor y = empty(mlp.x, {p.T, p.H}, x.scalar_type());
+  FusedExpertsArgs args{p, nullptr, y.mutable_data_ptr(), nullptr};
+  const Workers workers = torch_workers();
+  const Tensor space = workspace(mlp.x, cpu::fused_experts_workspace_bytes, args, workers);
+  cpu::fused_experts(args, workers);
+  return y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(moe_kernels, CPU, m) {
+  m.impl("fused_experts", boxed<&fused_experts>);
+  m.impl("fused_experts_backward", boxed<&fused_experts_backward>);
+  m.impl("pack_experts", boxed<&pack_experts>);
+  m.impl("fused_experts_packed", boxed<&fused_experts_packed>);
+}
+
+}  // namespace moe::binding

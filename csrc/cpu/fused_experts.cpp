@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: Apache-2.0
+// fused_experts: the whole expert MLP. 1. first product and activation, a task an (expert, 32 hidden units): rows of x
+// are read through the index, no gathered copy. 2. second product and combine, a task 32 output columns. Reads each
+// weight of the experts hit once; keeps S*I activations and, for the backward, the first product.
+#include "expert_mlp.h"
+
+namespace moe::cpu {
+namespace {
+
+template <class A> struct Buffers {
+  int32_t* row_to_token;  // [S]
+  A* x;                   // [T, H] where x is not acc
+  A* act;                 // [S, I]
+  A* panel;               // a worker's packed panel
+  A* c;                   // a worker's product
+  A* y;                   // a worker's output columns
+  int64_t panel_size, c_size = kRowBlock * kPair, y_size;
+
+  Buffers(const ExpertMlp& p, int32_t workers, Workspace& space) {
+    panel_size = std::max(p.H * kPair, p.I * kPanel), y_size = combine_size<A>(p);
+    row_to_token = space.take<int32_t>(p.T * p.K);
+    x = space.take<A>(is_acc<A>(p.dtype) ? 0 : p.T * p.H);
+    act = space.take<A>(p.T * p.K * p.I);
+    panel = space.take<A>(workers * panel_size);
+    c = space.take<A>(workers * c_size);
+    y = space.take<A>(workers * y_size);
+  }
+};
+
+template <class W> void run(const FusedExpertsArgs& args, const Workers& workers) {
+  using A = acc_t<W>;
+  const ExpertMlp& p = args.mlp;
+  Workspace space(args.workspace);
+  const Buffers<A> buffers(p, workers.count, space);
+  fill_row_to_token(p, buffers.row_to_token);
+  const ExpertRows rows{p, buffers.row_to_token};
+  Left<A> x = rows_as_acc(p.dtype, p.x, p.T, p.H, p.x_stride, buffers.x, workers);
+  const auto* weights = static_cast<const A*>(p.topk_weights);
+  const auto* mask = static_cast<const A*>(p.hidden_mask);
+  const int64_t panels = ceil_div(p.I, kPanel);
+
+  // 1. hidden = x W13^T, act = activation(hidden)
+  for_tasks(workers, p.E * panels, [&](int32_t worker, int64_t task) {
+    const int64_t e = task / panels, count = rows.end(e) - rows.begin(e);
+    if (count == 0) return;
+    const FirstProduct<W> product(p, e, task % panels, count, buffers.panel + worker * buffers.panel_size);
+    A* c = buffers.c + worker * buffers.c_size;
+    for_row_blocks(rows.begin(e), rows.end(e), [&](int64_t r0, int64_t block) {
+      product.raw({x.data, x.stride, rows.row_to_token + r0}, block, c);
+      for (int64_t m = 0; m < block; ++m) {
+        A *h = c + m * kPair, *out = buffers.act + (r0 + m) * p.I + product.first();
+        const int64_t slot = p.row_to_slot[r0 + m], units = product.units();
+        if (args.hidden) {
+          narrow(p.dtype, h, args.hidden, (r0 + m) * rows13(p) + product.first(), units);
+          if (p.gated) narrow(p.dtype, h + kPanel, args.hidden, (r0 + m) * rows13(p) + p.I + product.first(), units);
+        }
+        product.add_bias(slot, h);
+        math<A>().activate(rule_of(p), h, p.gated ? h + kPanel : nullptr, out, units);
+        if (mask)
+          for (int64_t j = 0; j < units; ++j) out[j] *= mask[slot * p.I + product.first() + j];
+      }
+    });
+  });
+
+  // 2. y = sum over slots of weight * (act W2^T + bias)
+  const auto scale = [&](int64_t row) { return p.weight_on_input ? A(1) : weights[p.row_to_slot[row]]; };
+  for_tasks(workers, combine_tasks(p), [&](int32_t worker, int64_t task) {
+    combine_columns<W>(rows, {buffers.act, p.I}, p.w2, p.w2_bias, p.I, scale, task, args.y,
+                       buffers.panel + worker * buffers.panel_size, buffers.c + worker * buffers.c_size,
+                       buffers.y + worker * buffers.y_size);
+  });
+}
+
+}  // namespace
+
+int64_t fused_experts_workspace_bytes(const FusedExpertsArgs& args, const Workers& workers) {
+  Workspace space(nullptr);
+  if (args.mlp.dtype == DType::f64) Buffers<double>(args.mlp, workers.count, space);
+  else Buffers<float>(args.mlp, workers.count, space);
+  return space.bytes();
+}
+
+void fused_experts(const FusedExpertsArgs& args, const Workers& workers) {
+  visit_dtype(args.mlp.weight_dtype, [&](auto tag) { run<decltype(tag)>(args, workers); });
+}
+
+}  // namespace moe::cpu

@@ -1,0 +1,243 @@
+// SPDX-License-Identifier: Apache-2.0
+// fused_experts_backward, from x, the first product and grad_y. With u = grad_y W2 and a = mask * act(h):
+//   1. a task an (expert, 32 hidden units): u, then grad_h = weight * u * mask * act'(h), and the share of <u, a> in
+//   the
+//      gradient of the routing weight (which needs no slot output); 2. grad_x, the forward's combine on grad_h and W13;
+//   3. grad W = left^T right over an expert's rows. Sums run over rows in ascending order; empty experts get exact
+//   zeros.
+#include <cstring>
+
+#include "expert_mlp.h"
+
+namespace moe::cpu {
+namespace {
+
+constexpr int64_t kWgradRows = 96;     // rows of a weight gradient a task owns: 8 tiles of 12
+constexpr int64_t kWgradDepth = 1024;  // token rows packed at a time
+
+template <class A> struct Buffers {
+  int32_t* row_to_token;  // [S]
+  A *x, *grad_y;          // [T, H] where they are not acc
+  A* grad_h;              // [S, 2I | I] in the row order of w13, times s
+  A* weighted_act;        // [S, I], a times the weight at the output
+  A* weight_parts;        // [ceil(I/32), S] shares of the gradient of the routing weights
+  A *panel, *c, *u, *y;   // a worker's packed panels, products, output columns
+  int64_t panel_size, c_size = kRowBlock * kPair, u_size = kRowBlock * kPanel, y_size;
+
+  Buffers(const FusedExpertsBackwardArgs& args, int32_t workers, Workspace& space) {
+    const ExpertMlp& p = args.mlp;
+    const int64_t S = p.T * p.K, copy = is_acc<A>(p.dtype) ? 0 : p.T * p.H;
+    const int64_t packed = kWgradDepth * (kWgradRows + kPanel) + kWgradRows * kPanel;
+    panel_size = std::max({p.H * (kPair + kPanel), rows13(p) * kPanel, packed}),
+    y_size = std::max(combine_size<A>(p), p.H);
+    row_to_token = space.take<int32_t>(S);
+    x = space.take<A>(copy), grad_y = space.take<A>(copy);
+    grad_h = space.take<A>(S * rows13(p)), weighted_act = space.take<A>(args.grad_w2 ? S * p.I : 0);
+    weight_parts = space.take<A>(args.grad_topk_weights ? ceil_div(p.I, kPanel) * S : 0);
+    panel = space.take<A>(workers * panel_size), c = space.take<A>(workers * c_size);
+    u = space.take<A>(workers * u_size), y = space.take<A>(workers * y_size);
+  }
+};
+
+template <class W> class Backward {
+  using A = acc_t<W>;
+
+ public:
+  Backward(const FusedExpertsBackwardArgs& args, const Workers& workers)
+      : args_(args),
+        p_(args.mlp),
+        workers_(workers),
+        space_(args.workspace),
+        buffers_(args, workers.count, space_),
+        rows_{p_, buffers_.row_to_token},
+        weights_(static_cast<const A*>(p_.topk_weights)) {}
+
+  void run() {
+    fill_row_to_token(p_, buffers_.row_to_token);
+    x_ = rows_as_acc(p_.dtype, p_.x, p_.T, p_.H, p_.x_stride, buffers_.x, workers_);
+    grad_y_ = rows_as_acc(p_.dtype, args_.grad_y, p_.T, p_.H, args_.grad_y_stride, buffers_.grad_y, workers_);
+    const int64_t panels = ceil_div(p_.I, kPanel);
+    if (args_.grad_x || args_.grad_w13 || args_.grad_w2 || args_.grad_topk_weights || args_.grad_w13_bias)
+      for_tasks(workers_, p_.E * panels,
+                [&](int32_t worker, int64_t task) { hidden(worker, task / panels, task % panels); });
+    if (args_.grad_topk_weights || args_.grad_w2_bias)
+      for_tasks(workers_, p_.E, [&](int32_t worker, int64_t e) { weights_and_bias(worker, e); });
+    if (args_.grad_x) {
+      const auto one = [](int64_t) { return A(1); };
+      Weight w13 = p_.w13;  // contracted over its rows
+      std::swap(w13.row_stride, w13.col_stride), w13.panel_stride = kPanel * w13.row_stride;
+      for_tasks(workers_, combine_tasks(p_), [&](int32_t worker, int64_t task) {
+        combine_columns<W>(rows_, {buffers_.grad_h, rows13(p_)}, w13, nullptr, rows13(p_), one, task, args_.grad_x,
+                           panel(worker), buffers_.c + worker * buffers_.c_size, y(worker));
+      });
+    }
+    const Left<A> by_token_x{x_.data, x_.stride, rows_.row_to_token},
+        by_token_y{grad_y_.data, grad_y_.stride, rows_.row_to_token};
+    if (args_.grad_w13)
+      weight_gradient({buffers_.grad_h, rows13(p_)}, rows13(p_), by_token_x, p_.H, args_.w13_out, args_.grad_w13);
+    if (args_.grad_w2)
+      weight_gradient(by_token_y, p_.H, {buffers_.weighted_act, p_.I}, p_.I, args_.w2_out, args_.grad_w2);
+  }
+
+ private:
+  A* panel(int32_t worker) const { return buffers_.panel + worker * buffers_.panel_size; }
+  A* y(int32_t worker) const { return buffers_.y + worker * buffers_.y_size; }
+
+  /// Step 1 for hidden units [32 * index, ..) of expert e.
+  void hidden(int32_t worker, int64_t e, int64_t index) const {
+    const int64_t count = rows_.end(e) - rows_.begin(e);
+    A bias_sum[kPair] = {};
+    A *c = buffers_.c + worker * buffers_.c_size, *u = buffers_.u + worker * buffers_.u_size;
+    // A panel of no rows is never read: with the forward's product at hand, only its index arithmetic is used.
+    const FirstProduct<W> product(p_, e, index, args_.hidden ? 0 : count, panel(worker));
+    if (count > 0) {
+      Weight w2 = p_.w2;  // contracted over its rows
+      std::swap(w2.row_stride, w2.col_stride), w2.panel_stride = kPanel * w2.row_stride;
+      const Panel<W> down(w2, e, index, product.units(), p_.H, count, panel(worker) + FirstProduct<W>::buffer_size(p_));
+      for_row_blocks(rows_.begin(e), rows_.end(e), [&](int64_t r0, int64_t block) {
+        const int32_t* tokens = rows_.row_to_token + r0;
+        if (args_.hidden) load_hidden(r0, block, product, c);
+        else product.raw({x_.data, x_.stride, tokens}, block, c);
+        down.product({grad_y_.data, grad_y_.stride, tokens}, block, u, kPanel);
+        for (int64_t m = 0; m < block; ++m) row(r0 + m, index, product, c + m * kPair, u + m * kPanel, bias_sum);
+      });
+    }
+    if (!args_.grad_w13_bias) return;
+    W* bias = static_cast<W*>(args_.grad_w13_bias) + e * rows13(p_);
+    for (int64_t j = 0; j < product.units(); ++j) {
+      bias[gate_row(p_, product.first() + j)] = W(bias_sum[j]);
+      if (p_.gated) bias[up_row(p_, product.first() + j)] = W(bias_sum[kPanel + j]);
+    }
+  }
+
+  void load_hidden(int64_t r0, int64_t block, const FirstProduct<W>& product, A* c) const {
+    for (int64_t m = 0; m < block; ++m) {
+      const int64_t from = (r0 + m) * rows13(p_) + product.first();
+      widen(p_.dtype, args_.hidden, from, c + m * kPair, product.units());
+      if (p_.gated) widen(p_.dtype, args_.hidden, from + p_.I, c + m * kPair + kPanel, product.units());
+    }
+  }
+
+  /// One row: c holds x W13^T, u holds grad_y W2.
+  void row(int64_t r, int64_t index, const FirstProduct<W>& product, A* c, A* u, A* bias_sum) const {
+    const int64_t slot = p_.row_to_slot[r], units = product.units(), first = product.first();
+    const A weight = weights_[slot], out_weight = p_.weight_on_input ? A(1) : weight,
+            in_weight = p_.weight_on_input ? weight : A(1);
+    A raw[kPair], act[kPanel], grad[kPair];
+    std::copy_n(c, kPair, raw);
+    product.add_bias(slot, c);
+    const A* up = p_.gated ? c + kPanel : nullptr;
+    if (p_.hidden_mask) {
+      const A* mask = static_cast<const A*>(p_.hidden_mask) + slot * p_.I + first;
+      for (int64_t j = 0; j < units; ++j) u[j] *= mask[j];
+    }
+    math<A>().activate(rule_of(p_), c, up, act, units);
+    A share = p_.weight_on_input ? A(0) : math<A>().dot(u, act, units);
+    for (int64_t j = 0; j < units; ++j) u[j] *= out_weight;
+    math<A>().activate_backward(rule_of(p_), c, up, u, grad, grad + kPanel, units);
+    if (p_.weight_on_input) {
+      share = math<A>().dot(grad, raw, units);
+      if (p_.gated) share += math<A>().dot(grad + kPanel, raw + kPanel, units);
+    }
+    if (args_.grad_topk_weights) buffers_.weight_parts[index * p_.T * p_.K + r] = share;
+    A* grad_h = buffers_.grad_h + r * rows13(p_);
+    for (int64_t j = 0; j < units; ++j) {
+      bias_sum[j] += grad[j];
+      grad_h[gate_row(p_, first + j)] = in_weight * grad[j];
+      if (!p_.gated) continue;
+      bias_sum[kPanel + j] += grad[kPanel + j];
+      grad_h[up_row(p_, first + j)] = in_weight * grad[kPanel + j];
+    }
+    if (args_.grad_w2) store_weighted_act(r, slot, first, units, out_weight, act);
+  }
+
+  void store_weighted_act(int64_t r, int64_t slot, int64_t first, int64_t units, A weight, const A* act) const {
+    const A* mask = p_.hidden_mask ? static_cast<const A*>(p_.hidden_mask) + slot * p_.I + first : nullptr;
+    A* out = buffers_.weighted_act + r * p_.I + first;
+    for (int64_t j = 0; j < units; ++j) out[j] = weight * (mask ? act[j] * mask[j] : act[j]);
+  }
+
+  /// The shares of grad_topk_weights in ascending order of panels, and grad_w2_bias, for the rows of expert e.
+  void weights_and_bias(int32_t worker, int64_t e) const {
+    A *sum = y(worker), *bias = panel(worker);
+    const W* w2_bias = p_.w2_bias ? static_cast<const W*>(p_.w2_bias) + e * p_.H : nullptr;
+    if (w2_bias) tile<W>().widen(w2_bias, bias, p_.H);
+    std::fill_n(sum, p_.H, A(0));
+    for (int64_t r = rows_.begin(e); r < rows_.end(e); ++r) {
+      const int64_t slot = p_.row_to_slot[r];
+      const A* grad_y = grad_y_.data + rows_.row_to_token[r] * grad_y_.stride;
+      if (args_.grad_topk_weights) {
+        A share = 0;
+        for (int64_t i = 0; i < ceil_div(p_.I, kPanel); ++i) share += buffers_.weight_parts[i * p_.T * p_.K + r];
+        if (w2_bias && !p_.weight_on_input) share += math<A>().dot(grad_y, bias, p_.H);
+        static_cast<A*>(args_.grad_topk_weights)[slot] = share;
+      }
+      if (args_.grad_w2_bias) math<A>().axpy(p_.weight_on_input ? A(1) : weights_[slot], grad_y, sum, p_.H);
+    }
+    if (args_.grad_w2_bias) tile<W>().narrow(sum, static_cast<W*>(args_.grad_w2_bias) + e * p_.H, p_.H);
+  }
+
+  /// grad[e][n][k] = sum over the rows r of e of n_side[r][n] * k_side[r][k]. The contiguous index of the output takes
+  /// the vectors; the other one is cut into tasks.
+  void weight_gradient(Left<A> n_side, int64_t n_size, Left<A> k_side, int64_t k_size, const Weight& out,
+                       void* grad) const {
+    if (out.col_stride != 1) std::swap(n_side, k_side), std::swap(n_size, k_size);
+    const int64_t blocks = ceil_div(n_size, kWgradRows);
+    for_tasks(workers_, p_.E * blocks, [&](int32_t worker, int64_t task) {
+      const int64_t e = task / blocks, n0 = task % blocks * kWgradRows, n = std::min(kWgradRows, n_size - n0);
+      W* block = static_cast<W*>(grad) + e * out.expert_stride + n0 * k_size;
+      if (rows_.begin(e) == rows_.end(e)) std::memset(static_cast<void*>(block), 0, n * k_size * sizeof(W));
+      else weight_gradient_block(worker, e, n_side, n0, n, k_side, k_size, block);
+    });
+  }
+
+  void weight_gradient_block(int32_t worker, int64_t e, const Left<A>& n_side, int64_t n0, int64_t n,
+                             const Left<A>& k_side, int64_t k_size, W* block) const {
+    A *left = panel(worker), *right = left + kWgradDepth * kWgradRows, *c = right + kWgradDepth * kPanel;
+    const bool once = rows_.end(e) - rows_.begin(e) <= kWgradDepth;  // the left side stays packed over all of k
+    for (int64_t k0 = 0; k0 < k_size; k0 += kPanel) {
+      const int64_t k = std::min(kPanel, k_size - k0);
+      for (int64_t r0 = rows_.begin(e); r0 < rows_.end(e); r0 += kWgradDepth) {
+        const int64_t depth = std::min(kWgradDepth, rows_.end(e) - r0);
+        if (k0 == 0 || !once) pack_columns(n_side, r0, depth, n0, n, left, kWgradRows);
+        pack_columns(k_side, r0, depth, k0, k, right, kPanel);
+        tile<A>().outer(
+            {{left, kWgradRows, nullptr, true}, right, kPanel, c, kPanel, n, kPanel, depth, r0 > rows_.begin(e)});
+      }
+      for (int64_t m = 0; m < n; ++m) tile<W>().narrow(c + m * kPanel, block + m * k_size + k0, k);
+    }
+  }
+
+  static void pack_columns(const Left<A>& side, int64_t r0, int64_t depth, int64_t first, int64_t n, A* to,
+                           int64_t width) {
+    for (int64_t r = 0; r < depth; ++r) {
+      const A* from = side.data + (side.index ? int64_t(side.index[r0 + r]) : r0 + r) * side.stride + first;
+      std::copy_n(from, n, to + r * width);
+      std::fill(to + r * width + n, to + (r + 1) * width, A(0));
+    }
+  }
+
+  const FusedExpertsBackwardArgs& args_;
+  const ExpertMlp& p_;
+  const Workers& workers_;
+  Workspace space_;
+  Buffers<A> buffers_;
+  ExpertRows rows_;
+  const A* weights_;
+  Left<A> x_{}, grad_y_{};
+};
+
+}  // namespace
+
+int64_t fused_experts_backward_workspace_bytes(const FusedExpertsBackwardArgs& args, const Workers& workers) {
+  Workspace space(nullptr);
+  if (args.mlp.dtype == DType::f64) Buffers<double>(args, workers.count, space);
+  else Buffers<float>(args, workers.count, space);
+  return space.bytes();
+}
+
+void fused_experts_backward(const FusedExpertsBackwardArgs& args, const Workers& workers) {
+  visit_dtype(args.mlp.weight_dtype, [&](auto tag) { Backward<decltype(tag)>(args, workers).run(); });
+}
+
+}  // namespace moe::cpu

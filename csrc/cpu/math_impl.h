@@ -1,0 +1,182 @@
+// SPDX-License-Identifier: Apache-2.0
+// Row functions on the vectors of tile_impl.h: activations with their derivatives, exponentials, sums.
+namespace moe::cpu::MOE_ISA {
+
+// exp in float: 2^n * p(r), |r| <= ln2/2, Taylor to r^7 (remainder 5e-9 relative, below half an ulp); 0 below -87.3.
+inline Vec<float> exp_of(Vec<float> x) {
+  const Vec<float> high = Vec<float>{} + 88.72283f, low = Vec<float>{} - 87.33654f;
+  const Vec<float> bounded = x > high ? high : x;
+  const Vec<float> shifted = bounded * 1.44269504f + 12582912.f;  // 1.5 * 2^23: the low bits hold the rounded quotient
+  const Vec<float> n = shifted - 12582912.f;
+  const Vec<float> r = bounded - n * 0.693359375f - n * -2.12194440e-4f;  // ln 2 in two parts
+  Vec<float> p = Vec<float>{} + 1.f / 5040;
+  p = p * r + 1.f / 720;
+  p = p * r + 1.f / 120;
+  p = p * r + 1.f / 24;
+  p = p * r + 1.f / 6;
+  p = p * r + .5f;
+  p = p * r + 1.f;
+  p = p * r + 1.f;
+  // 2^n in two factors, so that n = 128 does not overflow the exponent field.
+  const IntVec e = bit_cast<IntVec>(shifted) - 0x4b400000, half = e >> 1;
+  const Vec<float> s0 = bit_cast<Vec<float>>((half + 127) << 23), s1 = bit_cast<Vec<float>>((e - half + 127) << 23);
+  const Vec<float> y = p * s0 * s1, infinite = Vec<float>{} + __builtin_inff();
+  return x < low ? Vec<float>{} : x > high ? infinite : y;
+}
+template <class A, class F> inline Vec<A> by_lane(Vec<A> x, F f) {
+  for (int i = 0; i < VecOf<A>::lanes; ++i) x[i] = f(x[i]);
+  return x;
+}
+inline Vec<double> exp_of(Vec<double> x) {
+  return by_lane<double>(x, [](double v) { return std::exp(v); });
+}
+template <class A> inline Vec<A> sigmoid_of(Vec<A> x) { return 1 / (1 + exp_of(-x)); }
+template <class A> inline Vec<A> erf_of(Vec<A> x) {
+  return by_lane<A>(x, [](A v) { return std::erf(v); });
+}
+
+template <class A> struct Value { Vec<A> value, slope; };
+constexpr double kSqrt2OverPi = 0.79788456080286535588, kSqrtHalf = 0.70710678118654752440;
+
+/// act(x) and, where asked for, act'(x), for the activations of one argument.
+template <class A, bool kSlope> inline Value<A> activation_of(Activation activation, Vec<A> x) {
+  const Vec<A> zero{}, one = zero + A(1);
+  switch (activation) {
+    case Activation::silu: {
+      const Vec<A> s = sigmoid_of<A>(x);
+      return {x * s, kSlope ? s * (1 + x * (1 - s)) : zero};
+    }
+    case Activation::gelu: {
+      const Vec<A> cdf = A(.5) * (1 + erf_of<A>(x * A(kSqrtHalf)));
+      return {x * cdf, kSlope ? cdf + x * (A(.5 * kSqrt2OverPi) * exp_of(A(-.5) * x * x)) : zero};
+    }
+    case Activation::gelu_tanh: {  // (1 + tanh z) / 2 = sigmoid(2 z)
+      const Vec<A> s = sigmoid_of<A>(A(2 * kSqrt2OverPi) * x * (1 + A(.044715) * x * x));
+      const Vec<A> dz = A(2 * kSqrt2OverPi) * (1 + A(3 * .044715) * x * x);
+      const Vec<A> tail = s * (1 - s);
+      return {x * s, kSlope ? s + (tail == 0 ? zero : x * tail * dz) : zero};
+    }
+    case Activation::relu: return {x > 0 ? x : x != x ? x : zero, kSlope ? (x > 0 ? one : x != x ? x : zero) : zero};
+    case Activation::relu2: {
+      const Vec<A> r = x > 0 ? x : x != x ? x : zero;
+      return {r * r, kSlope ? 2 * r : zero};
+    }
+    case Activation::swigluoai: break;
+  }
+  return {zero, zero};
+}
+
+/// One vector of out, and of both gradients where grad is given.
+template <class A, bool kGrad>
+inline Vec<A> gate_of(const ActivationRule& rule, Vec<A> gate, const Vec<A>* up, Vec<A> grad, Vec<A>* grad_gate,
+                      Vec<A>* grad_up) {
+  if (rule.activation == Activation::swigluoai) {  // (clamp(up) + 1) * min(gate) * sigmoid(alpha * min(gate))
+    const Vec<A> limit = Vec<A>{} + A(rule.limit), zero{};
+    const Vec<A> g = gate > limit ? limit : gate, u = *up > limit ? limit : *up < -limit ? -limit : *up;
+    const Vec<A> s = sigmoid_of<A>(A(rule.alpha) * g);
+    if constexpr (kGrad) {
+      *grad_gate = gate > limit ? zero : grad * (u + 1) * s * (1 + A(rule.alpha) * g * (1 - s));
+      *grad_up = *up > limit ? zero : *up < -limit ? zero : grad * g * s;
+    }
+    return (u + 1) * g * s;
+  }
+  const Value<A> act = activation_of<A, kGrad>(rule.activation, gate);
+  if constexpr (kGrad) {
+    *grad_gate = grad * act.slope * (up ? *up : Vec<A>{} + A(1));
+    if (up) *grad_up = grad * act.value;
+  }
+  return up ? act.value * *up : act.value;
+}
+
+// Calls f(i, lanes) for whole vectors, then once for the rest through a padded copy made by `part`.
+template <class A> inline Vec<A> load_part(const A* p, int64_t lanes) {
+  if (lanes == VecOf<A>::lanes) return load(p);
+  Vec<A> v{};
+  std::memcpy(&v, p, lanes * sizeof(A));
+  return v;
+}
+template <class A> inline void store_part(A* p, Vec<A> v, int64_t lanes) {
+  if (lanes == VecOf<A>::lanes) return store(p, v);
+  std::memcpy(p, &v, lanes * sizeof(A));
+}
+template <class A, class F> inline void for_vectors(int64_t count, F f) {
+  constexpr int L = VecOf<A>::lanes;
+  int64_t i = 0;
+  for (; i + L <= count; i += L) f(i, int64_t(L));
+  if (i < count) f(i, count - i);
+}
+
+template <class A>
+void activate(const ActivationRule& rule, const A* gate, const A* up, A* out, int64_t count) {
+  for_vectors<A>(count, [&](int64_t i, int64_t lanes) {
+    Vec<A> u{};
+    if (up) u = load_part(up + i, lanes);
+    store_part(out + i, gate_of<A, false>(rule, load_part(gate + i, lanes), up ? &u : nullptr, u, nullptr, nullptr),
+               lanes);
+  });
+}
+template <class A>
+void activate_backward(const ActivationRule& rule, const A* gate, const A* up, const A* grad_out, A* grad_gate,
+                       A* grad_up, int64_t count) {
+  for_vectors<A>(count, [&](int64_t i, int64_t lanes) {
+    Vec<A> u{}, dg{}, du{};
+    if (up) u = load_part(up + i, lanes);
+    gate_of<A, true>(rule, load_part(gate + i, lanes), up ? &u : nullptr, load_part(grad_out + i, lanes), &dg, &du);
+    store_part(grad_gate + i, dg, lanes);
+    if (up) store_part(grad_up + i, du, lanes);
+  });
+}
+
+template <class A> inline A lane_sum(Vec<A> v) {
+  A sum = 0;
+  for (int i = 0; i < VecOf<A>::lanes; ++i) sum += v[i];
+  return sum;
+}
+template <class A> A exp_sum(A* row, A shift, int64_t count) {
+  Vec<A> sum{};
+  for_vectors<A>(count, [&](int64_t i, int64_t lanes) {
+    Vec<A> e = exp_of(load_part(row + i, lanes) - shift);
+    for (int64_t j = lanes; j < VecOf<A>::lanes; ++j) e[j] = 0;
+    store_part(row + i, e, lanes);
+    sum += e;
+  });
+  return lane_sum<A>(sum);
+}
+template <class A> void sigmoid(A* row, int64_t count) {
+  for_vectors<A>(
+      count, [&](int64_t i, int64_t lanes) { store_part(row + i, sigmoid_of<A>(load_part(row + i, lanes)), lanes); });
+}
+template <class A> A max_of(const A* row, int64_t count) {  // of numbers; -inf where there is none
+  Vec<A> best = Vec<A>{} - A(__builtin_inff());
+  A rest = best[0];
+  for_vectors<A>(count, [&](int64_t i, int64_t lanes) {
+    if (lanes < VecOf<A>::lanes) {
+      for (int64_t j = 0; j < lanes; ++j) rest = row[i + j] > rest ? row[i + j] : rest;
+    } else {
+      const Vec<A> v = load(row + i);
+      best = v > best ? v : best;
+    }
+  });
+  for (int j = 0; j < VecOf<A>::lanes; ++j) rest = best[j] > rest ? best[j] : rest;
+  return rest;
+}
+template <class A> A dot_of(const A* x, const A* y, int64_t count) {
+  Vec<A> sum{};
+  for_vectors<A>(count, [&](int64_t i, int64_t lanes) { sum += load_part(x + i, lanes) * load_part(y + i, lanes); });
+  return lane_sum<A>(sum);
+}
+template <class A> void axpy(A scale, const A* x, A* y, int64_t count) {
+  for_vectors<A>(count, [&](int64_t i, int64_t lanes) {
+    store_part(y + i, load_part(y + i, lanes) + scale * load_part(x + i, lanes), lanes);
+  });
+}
+
+template <class A> constexpr Math<A> make_math() {
+  return {activate<A>, activate_backward<A>, exp_sum<A>, sigmoid<A>, max_of<A>, dot_of<A>, axpy<A>};
+}
+
+extern const Kernels table;
+const Kernels table = {make_tile<double>(), make_tile<float>(), make_tile<bf16>(),
+                       make_tile<f16>(),    make_math<float>(), make_math<double>()};
+
+}  // namespace moe::cpu::MOE_ISA

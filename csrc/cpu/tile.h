@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: Apache-2.0
+// The micro-kernels' interface: one table of functions an instruction set, filled by tile_impl.h. Replace that file to
+// replace the micro-kernels; nothing else knows about vectors.
+#pragma once
+#include <type_traits>
+
+#include "../moe.h"
+
+namespace moe::cpu {
+
+/// Left operand of a product, in acc. Row m stands at data + (index ? index[m] : m) * stride and runs along k;
+/// with by_column, element (m, k) stands at data + m + k * stride.
+template <class A> struct Left {
+  const A* data;
+  int64_t stride;
+  const int32_t* index = nullptr;
+  bool by_column = false;
+};
+
+/// c[m][n] = or += sum over k of left(m, k) * b(n, k), n <= 32. c has room for 32 columns.
+template <class T> struct ProductArgs {
+  Left<acc_t<T>> left;
+  const T* b;
+  int64_t b_stride;  // dot: between n, k is contiguous. outer: between k, 32 values of n are contiguous
+  acc_t<T>* c;
+  int64_t c_stride, m, n, k;
+  bool accumulate;
+};
+
+template <class T> struct Tile {
+  using A = acc_t<T>;
+  void (*dot)(const ProductArgs<T>&);
+  void (*outer)(const ProductArgs<T>&);
+  void (*transpose)(const T* b, int64_t b_stride, int64_t n, int64_t k,
+                    A* panel);  // rows n -> panel [k][32], zero padded
+  void (*widen)(const T*, A*, int64_t count);
+  void (*narrow)(const A*, T*, int64_t count);
+};
+
+struct ActivationRule {
+  Activation activation;
+  double limit, alpha;
+};
+
+template <class A> struct Math {
+  /// out = act(gate) * up, or act(gate) where up is null. In place is fine.
+  void (*activate)(const ActivationRule&, const A* gate, const A* up, A* out, int64_t count);
+  void (*activate_backward)(const ActivationRule&, const A* gate, const A* up, const A* grad_out, A* grad_gate,
+                            A* grad_up, int64_t count);
+  A (*exp_sum)(A* row, A shift, int64_t count);  // row = exp(row - shift); returns the sum, in lane order
+  void (*sigmoid)(A* row, int64_t count);
+  A (*max)(const A* row, int64_t count);
+  A (*dot)(const A*, const A*, int64_t count);
+  void (*axpy)(A scale, const A* x, A* y, int64_t count);  // y += scale * x
+};
+
+struct Kernels {
+  Tile<double> f64;
+  Tile<float> f32;
+  Tile<bf16> b16;
+  Tile<f16> h16;
+  Math<float> math32;
+  Math<double> math64;
+};
+
+const Kernels& kernels();  // of active_isa()
+
+template <class T> const Tile<T>& tile() {
+  if constexpr (sizeof(T) == 8) return kernels().f64;
+  else if constexpr (sizeof(T) == 4) return kernels().f32;
+  else if constexpr (std::is_same_v<T, bf16>) return kernels().b16;
+  else return kernels().h16;
+}
+template <class A> const Math<A>& math() {
+  if constexpr (sizeof(A) == 8) return kernels().math64;
+  else return kernels().math32;
+}
+
+}  // namespace moe::cpu

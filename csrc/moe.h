@@ -1,0 +1,216 @@
+// SPDX-License-Identifier: Apache-2.0
+// The contract between the binding and the kernels: plain structs in, nothing out. No torch, no allocation, no throw.
+//
+// Letters: T tokens, H hidden, I expert intermediate width, E experts, K experts a token, S = T*K slots, P permuted
+// rows,
+//          G groups of experts. Inside a GEMM m, n, k are loop letters. slot = t*K + k.
+// Types:   "acc" is double where the tensors are float64, else float. Every pointer is contiguous in its last dimension
+//          unless a stride stands beside it. Row strides count elements.
+// Index maps: row_to_slot [P] (-1 = padding), slot_to_row [S] (-1 = absent), expert_offsets [E+1] (exclusive, first 0).
+// Sums run in one fixed order (ascending expert, ascending slot), whatever the number of threads.
+#pragma once
+#include <cstdint>
+
+#include "dtype.h"
+
+namespace moe {
+
+/// The caller's thread pool. run() calls body(worker, context) for worker = 0 .. count-1, perhaps several workers one
+/// after another on one thread (nested region, fewer threads than asked): bodies must not wait for each other.
+struct Workers {
+  int32_t count;
+  void (*run)(int32_t count, void (*body)(int32_t worker, void* context), void* context);
+};
+
+enum class Scoring : int32_t { softmax, sigmoid, sqrtsoftplus };
+enum class Activation : int32_t { silu, gelu, gelu_tanh, relu, relu2, swigluoai };
+
+/// What turns logits into weights; shared by route and its backward.
+struct RouteRule {
+  Scoring scoring;
+  bool renormalize;        // divide a token's weights by (their sum + eps)
+  double renormalize_eps;  //
+  double scale;            // multiplies last
+  double logit_softcap;    // c * tanh(l / c) before all else; 0 = off
+};
+
+/// route: score the logits, keep the K best (ties: lowest id), weigh them. Reads T*E, writes T*K.
+struct RouteArgs {
+  int64_t T, E, K;
+  int64_t G, topk_group, group_top;  // experts outside the topk_group best groups are masked; G = 1: no groups
+  RouteRule rule;
+  DType dtype;                  // of logits
+  const void* logits;           // [T, E]
+  int64_t logits_stride;        // between tokens
+  const void* correction_bias;  // [E] acc, or null: added for the choice, not for the weight
+  const uint8_t* padding_mask;  // [T], 0 = not a token, or null
+  void* topk_weights;           // [T, K] acc
+  int32_t* topk_ids;            // [T, K] by descending selection score, -1 = absent
+  int32_t* tokens_per_expert;   // [E]
+  void* lse;                    // [T] acc, logsumexp of the (capped) logits; null unless softmax
+  void* workspace;              // route_workspace_bytes
+};
+
+/// route_backward: d logits from d topk_weights and d lse. Reads T*E, writes T*E.
+struct RouteBackwardArgs {
+  int64_t T, E, K;
+  RouteRule rule;
+  DType dtype;               // of logits and grad_logits
+  const void* grad_weights;  // [T, K] acc, or null
+  const void* grad_lse;      // [T] acc, or null
+  const void* logits;        // [T, E]
+  int64_t logits_stride;
+  const int32_t* topk_ids;  // [T, K]
+  const void* lse;          // [T] acc for softmax
+  void* grad_logits;        // [T, E]
+  void* workspace;          // route_workspace_bytes
+};
+
+/// narrow_ids: ids of any integer width to int32, through expert_map where given; all that is not in [0, E) becomes -1.
+struct NarrowIdsArgs {
+  int64_t S, E, map_size;
+  bool ids64, map64;
+  const void* topk_ids;    // [S] int32 | int64
+  const void* expert_map;  // [map_size] int32 | int64 global id -> local id, or null
+  int32_t* narrow;         // [S]
+};
+
+/// permute_index: stable counting sort of the slots by expert. Each expert's rows start at a multiple of align.
+struct PermuteIndexArgs {
+  int64_t S, E, P, align;
+  const int32_t* topk_ids;  // [S], -1 = absent
+  int32_t* expert_offsets;  // [E+1]
+  int32_t* row_to_slot;     // [P]
+  int32_t* slot_to_row;     // [S], or null
+};
+
+/// permute: x_rows[r] = x[row_to_slot[r] / K], zero where row_to_slot is -1. Reads and writes P*H.
+struct PermuteArgs {
+  int64_t P, H, K;
+  DType dtype;
+  const void* x;  // [T, H]
+  int64_t x_stride;
+  const int32_t* row_to_slot;  // [P]
+  void* x_rows;                // [P, H]
+};
+
+/// unpermute: y[t] = sum over k of topk_weights[t, k] * rows[slot_to_row[t*K + k]]; slots outside [0, P) are left out.
+struct UnpermuteArgs {
+  int64_t T, H, K, P;
+  DType dtype;
+  const void* rows;  // [P, H]
+  int64_t rows_stride;
+  const int32_t* slot_to_row;  // [S]
+  const void* topk_weights;    // [T, K] acc, or null: all weights 1
+  void* y;                     // [T, H]
+};
+
+/// unpermute_backward: grad_rows[r] = w[slot] * grad_y[t], grad_weights[slot] = <rows[r], grad_y[t]>.
+struct UnpermuteBackwardArgs {
+  int64_t T, H, K, P;
+  DType dtype;
+  const void* grad_y;  // [T, H]
+  const void* rows;    // [P, H]
+  int64_t grad_y_stride, rows_stride;
+  const int32_t* slot_to_row;  // [S]
+  const void* topk_weights;    // [T, K] acc
+  void* grad_rows;             // [P, H], rows that no slot owns are zeroed
+  void* grad_weights;          // [T, K] acc
+};
+
+/// One matrix an expert: element (e, n, k) stands at data + e*expert_stride + n*row_stride + k*col_stride.
+/// n is the output index and k the contracted one. Packed weights have panel_stride instead of 32 * row_stride.
+struct Weight {
+  const void* data;
+  int64_t expert_stride, row_stride, col_stride, panel_stride;
+  bool padded;  // packed: every panel is 32 wide, zero padded
+};
+
+/// grouped_gemm: out_g = a_g b_g for every group g of G. Exactly one of m, n, k may be cut into groups by offs.
+enum class Grouped : int32_t { none, rows, cols, contraction };
+struct GroupedGemmArgs {
+  int64_t G, M, N, K;  // sizes of the whole operand; the grouped one is cut by offs
+  Grouped grouped;
+  DType dtype, out_dtype;
+  const void* a;  // element (g, m, k)
+  int64_t a_group, a_row, a_col;
+  Weight b;             // element (g, n, k)
+  const int32_t* offs;  // [G] inclusive ends, or null for none
+  const void* bias;     // [G, N] dtype, or null
+  void* out;            // [G?, M, N] contiguous; what no group owns is zeroed
+  void* workspace;      // grouped_gemm_workspace_bytes
+};
+
+/// The expert MLP: its sizes, its weights and its rule, shared by forward and backward.
+/// h = s * (x W13^T) + b13 with s = topk_weight if weight_on_input else 1; a = act(h); slot output = w * (a W2^T + b2).
+struct ExpertMlp {
+  int64_t T, H, I, E, K;
+  DType dtype, weight_dtype;  // of x, y, hidden | of weights and biases
+  Activation activation;
+  bool gated;        // W13 has 2I rows
+  bool interleaved;  // rows gate, up, gate, up ..; else all gate rows, then all up rows
+  bool weight_on_input;
+  double limit, alpha;  // of swigluoai
+  const void* x;        // [T, H]
+  int64_t x_stride;
+  Weight w13, w2;                 // (n = 2I | I, k = H), (n = H, k = I)
+  const void* w13_bias;           // [E, 2I | I] weight_dtype, or null
+  const void* w2_bias;            // [E, H] weight_dtype, or null
+  const void* topk_weights;       // [S] acc
+  const void* hidden_mask;        // [S, I] acc, multiplies a, or null
+  const int32_t* row_to_slot;     // [S]
+  const int32_t* expert_offsets;  // [E+1]
+};
+
+struct FusedExpertsArgs {
+  ExpertMlp mlp;
+  void* hidden;     // [S, 2I | I] x W13^T in row order, gate block then up block, for the backward; or null
+  void* y;          // [T, H]
+  void* workspace;  // fused_experts_workspace_bytes
+};
+
+struct FusedExpertsBackwardArgs {
+  ExpertMlp mlp;
+  const void* grad_y;  // [T, H]
+  int64_t grad_y_stride;
+  const void* hidden;       // as the forward left it; null: computed again
+  void* grad_x;             // [T, H], or null as each of the following
+  void* grad_w13;           // laid out as w13_out says
+  void* grad_w2;            //
+  void* grad_topk_weights;  // [S] acc
+  void* grad_w13_bias;      // [E, 2I | I]
+  void* grad_w2_bias;       // [E, H]
+  Weight w13_out, w2_out;   // strides of the two weight gradients
+  void* workspace;          // fused_experts_backward_workspace_bytes
+};
+
+/// pack_experts: one matrix an expert into zero-padded panels [E, ceil(N/32), K, 32], for streaming.
+struct PackArgs {
+  int64_t E, N, K;
+  DType dtype, packed_dtype;
+  Weight w;
+  void* packed;
+  int64_t packed_expert_stride, packed_panel_stride;
+};
+
+constexpr int64_t kPanel = 32;  // columns of a weight panel
+
+namespace cpu {
+int64_t route_workspace_bytes(int64_t E, const Workers&);
+void route(const RouteArgs&, const Workers&);
+void route_backward(const RouteBackwardArgs&, const Workers&);
+void narrow_ids(const NarrowIdsArgs&);
+void permute_index(const PermuteIndexArgs&);
+void permute(const PermuteArgs&, const Workers&);
+void unpermute(const UnpermuteArgs&, const Workers&);
+void unpermute_backward(const UnpermuteBackwardArgs&, const Workers&);
+int64_t grouped_gemm_workspace_bytes(const GroupedGemmArgs&, const Workers&);
+void grouped_gemm(const GroupedGemmArgs&, const Workers&);
+int64_t fused_experts_workspace_bytes(const FusedExpertsArgs&, const Workers&);
+void fused_experts(const FusedExpertsArgs&, const Workers&);
+int64_t fused_experts_backward_workspace_bytes(const FusedExpertsBackwardArgs&, const Workers&);
+void fused_experts_backward(const FusedExpertsBackwardArgs&, const Workers&);
+void pack_experts(const PackArgs&, const Workers&);
+}  // namespace cpu
+
+}  // namespace moe
