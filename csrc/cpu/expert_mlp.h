@@ -31,33 +31,30 @@ inline void fill_row_to_token(const ExpertMlp& p, int32_t* row_to_token) {
   for (int64_t r = 0; r < p.expert_offsets[p.E]; ++r) row_to_token[r] = int32_t(p.row_to_slot[r] / p.K);
 }
 
-/// The first product for hidden units [32 * index, +units) of expert e.
+/// The first product for hidden units [32 * index, +units) of expert e, as two panels: gate and up, or for interleaved
+/// weights the first and the second 32 columns of gate, up, gate, up ..
 template <class W> class FirstProduct {
  public:
   using A = acc_t<W>;
-  static int64_t buffer_size(const ExpertMlp& p) { return p.H * kPair; }
 
-  FirstProduct(const ExpertMlp& p, int64_t e, int64_t index, int64_t rows, A* buffer)
+  FirstProduct(const ExpertMlp& p, int64_t e, int64_t index, int64_t rows)
       : p_(p),
         e_(e),
         first_(index * kPanel),
         units_(std::min(kPanel, p.I - first_)),
-        left_columns_(p.interleaved ? std::min(kPanel, 2 * units_) : units_),
-        right_columns_(!p.gated        ? 0
-                       : p.interleaved ? 2 * units_ - left_columns_
-                                       : units_),
-        left_(p.w13, e, p.interleaved || (p.w13.padded && p.gated) ? 2 * index : index, left_columns_, p.H, rows,
-              buffer),
-        right_(right_weight(), e, p.interleaved || p.w13.padded ? 2 * index + 1 : index, right_columns_, p.H,
-               right_columns_ ? rows : 0, buffer + p.H * kPanel) {}
+        left_(side(p, e, index, 0, rows)),
+        right_(side(p, e, index, p.gated, rows)) {}
 
   int64_t first() const { return first_; }
   int64_t units() const { return units_; }
 
-  /// c[rows][64]: x W13^T, gate in columns 0.., up in columns 32.. .
-  void raw(const Left<A>& x, int64_t rows, A* c) const {
-    left_.product(x, rows, c, kPair);
-    if (right_columns_) right_.product(x, rows, c + kPanel, kPair);
+  /// c[rows][64]: x W13^T, gate in columns 0.., up in columns 32.. . The blocks of x serve both while they are in
+  /// cache.
+  void raw(const Left<A>& x, int64_t rows, A* c, A* packed) const {
+    for (int64_t k = 0; k < p_.H; k += left_.step()) {
+      left_.product_block(x, rows, k, c, kPair, packed);
+      if (p_.gated) right_.product_block(x, rows, k, c + kPanel, kPair, packed);
+    }
     if (!p_.interleaved) return;
     for (int64_t m = 0; m < rows; ++m) {
       A pairs[kPair];
@@ -79,49 +76,69 @@ template <class W> class FirstProduct {
   }
 
  private:
-  Weight right_weight() const {  // up rows of separate blocks start at row I; elsewhere the panel number says it
-    Weight w = p_.w13;
-    if (p_.gated && !p_.interleaved && !w.padded) w.data = static_cast<const W*>(w.data) + p_.I * w.row_stride;
-    return w;
+  static Panel<W> side(const ExpertMlp& p, int64_t e, int64_t index, int64_t which, int64_t rows) {
+    const int64_t units = std::min(kPanel, p.I - index * kPanel);
+    if (!p.gated) return Panel<W>(p.w13, e, index, units, p.H, rows);
+    if (p.interleaved) {
+      const int64_t first = std::min(kPanel, 2 * units);
+      return Panel<W>(p.w13, e, 2 * index + which, which ? 2 * units - first : first, p.H, rows);
+    }
+    if (p.w13.padded) return Panel<W>(p.w13, e, 2 * index + which, units, p.H, rows);
+    Weight w = p.w13;  // the up rows start at row I, which need not be a multiple of 32
+    w.data = static_cast<const W*>(w.data) + which * p.I * w.row_stride;
+    return Panel<W>(w, e, index, units, p.H, rows);
   }
 
   const ExpertMlp& p_;
-  int64_t e_, first_, units_, left_columns_, right_columns_;
+  int64_t e_, first_, units_;
   Panel<W> left_, right_;
 };
 
-/// A worker's share of the combine: y[t][32] for a block of tokens.
+/// A worker's memory for one task.
+template <class A> struct Scratch {
+  A* packed;  // a packed panel
+  A* c;       // [kRowBlock][64] a product
+  A* y;       // [tokens][32] output columns
+};
 template <class A> int64_t combine_size(const ExpertMlp& p) { return std::min(p.T, kTokenBlock) * kPanel; }
 
-/// out[t][32 * index ..] = sum over the rows r of t of scale(r) * (rows r of `left` times w2's panel + bias), in
-/// ascending order of experts, for one block of tokens. A task owns its columns: no atomics, and one order for any
-/// thread count.
-template <class W, class Scale>
-void combine_columns(const ExpertRows& rows, const Left<acc_t<W>>& left, const Weight& w, const void* bias, int64_t k,
-                     Scale scale, int64_t task, void* out, acc_t<W>* buffer, acc_t<W>* c, acc_t<W>* y) {
+/// out[t] = sum over the rows r of t of scale(r) * (left[r] w + bias), in ascending order of experts. A task owns 32
+/// columns of a block of tokens: no atomics, and one order for any number of threads.
+template <class W> struct Combine {
   using A = acc_t<W>;
-  const ExpertMlp& p = rows.p;
-  const int64_t panels = ceil_div(p.H, kPanel), index = task % panels, t0 = task / panels * kTokenBlock;
-  const int64_t tokens = std::min(kTokenBlock, p.T - t0), n = std::min(kPanel, p.H - index * kPanel);
-  std::fill_n(y, tokens * kPanel, A(0));
-  for (int64_t e = 0; e < p.E; ++e) {
-    if (rows.begin(e) == rows.end(e)) continue;
-    const int64_t begin = rows.first_at(e, t0), end = rows.first_at(e, t0 + tokens);
-    if (begin == end) continue;
-    const Panel<W> panel(w, e, index, n, k, end - begin, buffer);
-    const W* b = bias ? static_cast<const W*>(bias) + e * p.H + index * kPanel : nullptr;
-    for_row_blocks(begin, end, [&](int64_t r0, int64_t count) {
-      panel.product({left.data + r0 * left.stride, left.stride}, count, c, kPanel);
-      for (int64_t m = 0; m < count; ++m) {
-        A* row = c + m * kPanel;
-        if (b)
-          for (int64_t j = 0; j < n; ++j) row[j] += A(b[j]);
-        math<A>().axpy(scale(r0 + m), row, y + (rows.row_to_token[r0 + m] - t0) * kPanel, n);
-      }
-    });
+  const ExpertRows& rows;
+  Left<A> left;      // [S, k]
+  Weight w;          // (n = H, k)
+  const void* bias;  // [E, H] or null
+  int64_t k;
+  void* out;  // [T, H]
+
+  int64_t panels() const { return ceil_div(rows.p.H, kPanel); }
+  int64_t tasks() const { return panels() * ceil_div(rows.p.T, kTokenBlock); }
+  int64_t width(int64_t task) const { return std::min(kPanel, rows.p.H - task % panels() * kPanel); }
+  template <class Scale> void run(int64_t task, Scale scale, const Scratch<A>& scratch) const {
+    const int64_t index = task % panels(), n = width(task), t0 = task / panels() * kTokenBlock;
+    const int64_t tokens = std::min(kTokenBlock, rows.p.T - t0);
+    std::fill_n(scratch.y, tokens * kPanel, A(0));
+    for (int64_t e = 0; e < rows.p.E; ++e) {
+      if (rows.begin(e) == rows.end(e)) continue;
+      const int64_t begin = rows.first_at(e, t0), end = rows.first_at(e, t0 + tokens);
+      if (begin == end) continue;
+      const Panel<W> panel(w, e, index, n, k, end - begin);
+      const W* b = bias ? static_cast<const W*>(bias) + e * rows.p.H + index * kPanel : nullptr;
+      for_row_blocks(begin, end, [&](int64_t r0, int64_t count) {
+        const Left<A> block{left.data + r0 * left.stride, left.stride};
+        panel.product(block, count, scratch.c, kPanel, scratch.packed);
+        for (int64_t m = 0; m < count; ++m) {
+          A* row = scratch.c + m * kPanel;
+          for (int64_t j = 0; b && j < n; ++j) row[j] += A(b[j]);
+          math<A>().axpy(scale(r0 + m), row, scratch.y + (rows.row_to_token[r0 + m] - t0) * kPanel, n);
+        }
+      });
+    }
+    for (int64_t t = 0; t < tokens; ++t)
+      narrow(rows.p.dtype, scratch.y + t * kPanel, out, (t0 + t) * rows.p.H + index * kPanel, n);
   }
-  for (int64_t t = 0; t < tokens; ++t) narrow(p.dtype, y + t * kPanel, out, (t0 + t) * p.H + index * kPanel, n);
-}
-inline int64_t combine_tasks(const ExpertMlp& p) { return ceil_div(p.H, kPanel) * ceil_div(p.T, kTokenBlock); }
+};
 
 }  // namespace moe::cpu

@@ -11,19 +11,18 @@ template <class A> struct Buffers {
   int32_t* row_to_token;  // [S]
   A* x;                   // [T, H] where x is not acc
   A* act;                 // [S, I]
-  A* panel;               // a worker's packed panel
-  A* c;                   // a worker's product
-  A* y;                   // a worker's output columns
-  int64_t panel_size, c_size = kRowBlock * kPair, y_size;
+  Scratch<A> all;         // of all workers
+  int64_t c_size = kRowBlock * kPair, y_size;
 
   Buffers(const ExpertMlp& p, int32_t workers, Workspace& space) {
-    panel_size = std::max(p.H * kPair, p.I * kPanel), y_size = combine_size<A>(p);
+    y_size = combine_size<A>(p);
     row_to_token = space.take<int32_t>(p.T * p.K);
     x = space.take<A>(is_acc<A>(p.dtype) ? 0 : p.T * p.H);
     act = space.take<A>(p.T * p.K * p.I);
-    panel = space.take<A>(workers * panel_size);
-    c = space.take<A>(workers * c_size);
-    y = space.take<A>(workers * y_size);
+    all = {space.take<A>(workers * kPackedSize<A>), space.take<A>(workers * c_size), space.take<A>(workers * y_size)};
+  }
+  Scratch<A> of(int32_t worker) const {
+    return {all.packed + worker * kPackedSize<A>, all.c + worker * c_size, all.y + worker * y_size};
   }
 };
 
@@ -43,32 +42,30 @@ template <class W> void run(const FusedExpertsArgs& args, const Workers& workers
   for_tasks(workers, p.E * panels, [&](int32_t worker, int64_t task) {
     const int64_t e = task / panels, count = rows.end(e) - rows.begin(e);
     if (count == 0) return;
-    const FirstProduct<W> product(p, e, task % panels, count, buffers.panel + worker * buffers.panel_size);
-    A* c = buffers.c + worker * buffers.c_size;
+    const Scratch<A> scratch = buffers.of(worker);
+    const FirstProduct<W> product(p, e, task % panels, count);
     for_row_blocks(rows.begin(e), rows.end(e), [&](int64_t r0, int64_t block) {
-      product.raw({x.data, x.stride, rows.row_to_token + r0}, block, c);
+      product.raw({x.data, x.stride, rows.row_to_token + r0}, block, scratch.c, scratch.packed);
       for (int64_t m = 0; m < block; ++m) {
-        A *h = c + m * kPair, *out = buffers.act + (r0 + m) * p.I + product.first();
+        A *h = scratch.c + m * kPair, *out = buffers.act + (r0 + m) * p.I + product.first();
         const int64_t slot = p.row_to_slot[r0 + m], units = product.units();
         if (args.hidden) {
-          narrow(p.dtype, h, args.hidden, (r0 + m) * rows13(p) + product.first(), units);
-          if (p.gated) narrow(p.dtype, h + kPanel, args.hidden, (r0 + m) * rows13(p) + p.I + product.first(), units);
+          const int64_t at = (r0 + m) * rows13(p) + product.first();
+          narrow(p.dtype, h, args.hidden, at, units);
+          if (p.gated) narrow(p.dtype, h + kPanel, args.hidden, at + p.I, units);
         }
         product.add_bias(slot, h);
         math<A>().activate(rule_of(p), h, p.gated ? h + kPanel : nullptr, out, units);
-        if (mask)
-          for (int64_t j = 0; j < units; ++j) out[j] *= mask[slot * p.I + product.first() + j];
+        for (int64_t j = 0; mask && j < units; ++j) out[j] *= mask[slot * p.I + product.first() + j];
       }
     });
   });
 
   // 2. y = sum over slots of weight * (act W2^T + bias)
   const auto scale = [&](int64_t row) { return p.weight_on_input ? A(1) : weights[p.row_to_slot[row]]; };
-  for_tasks(workers, combine_tasks(p), [&](int32_t worker, int64_t task) {
-    combine_columns<W>(rows, {buffers.act, p.I}, p.w2, p.w2_bias, p.I, scale, task, args.y,
-                       buffers.panel + worker * buffers.panel_size, buffers.c + worker * buffers.c_size,
-                       buffers.y + worker * buffers.y_size);
-  });
+  const Combine<W> combine{rows, {buffers.act, p.I}, p.w2, p.w2_bias, p.I, args.y};
+  for_tasks(workers, combine.tasks(),
+            [&](int32_t worker, int64_t task) { combine.run(task, scale, buffers.of(worker)); });
 }
 
 }  // namespace

@@ -12,8 +12,8 @@
 namespace moe::cpu {
 namespace {
 
-constexpr int64_t kWgradRows = 96;     // rows of a weight gradient a task owns: 8 tiles of 12
-constexpr int64_t kWgradDepth = 1024;  // token rows packed at a time
+constexpr int64_t kWgradRows = 192;   // rows of a weight gradient a task owns: 16 tiles of 12
+constexpr int64_t kWgradDepth = 512;  // token rows packed at a time
 
 template <class A> struct Buffers {
   int32_t* row_to_token;  // [S]
@@ -28,8 +28,7 @@ template <class A> struct Buffers {
     const ExpertMlp& p = args.mlp;
     const int64_t S = p.T * p.K, copy = is_acc<A>(p.dtype) ? 0 : p.T * p.H;
     const int64_t packed = kWgradDepth * (kWgradRows + kPanel) + kWgradRows * kPanel;
-    panel_size = std::max({p.H * (kPair + kPanel), rows13(p) * kPanel, packed}),
-    y_size = std::max(combine_size<A>(p), p.H);
+    panel_size = std::max({kPackedSize<A>, packed, p.H}), y_size = std::max(combine_size<A>(p), p.H);
     row_to_token = space.take<int32_t>(S);
     x = space.take<A>(copy), grad_y = space.take<A>(copy);
     grad_h = space.take<A>(S * rows13(p)), weighted_act = space.take<A>(args.grad_w2 ? S * p.I : 0);
@@ -63,12 +62,12 @@ template <class W> class Backward {
     if (args_.grad_topk_weights || args_.grad_w2_bias)
       for_tasks(workers_, p_.E, [&](int32_t worker, int64_t e) { weights_and_bias(worker, e); });
     if (args_.grad_x) {
-      const auto one = [](int64_t) { return A(1); };
       Weight w13 = p_.w13;  // contracted over its rows
       std::swap(w13.row_stride, w13.col_stride), w13.panel_stride = kPanel * w13.row_stride;
-      for_tasks(workers_, combine_tasks(p_), [&](int32_t worker, int64_t task) {
-        combine_columns<W>(rows_, {buffers_.grad_h, rows13(p_)}, w13, nullptr, rows13(p_), one, task, args_.grad_x,
-                           panel(worker), buffers_.c + worker * buffers_.c_size, y(worker));
+      const Combine<W> combine{rows_, {buffers_.grad_h, rows13(p_)}, w13, nullptr, rows13(p_), args_.grad_x};
+      for_tasks(workers_, combine.tasks(), [&](int32_t worker, int64_t task) {
+        const Scratch<A> scratch{panel(worker), buffers_.c + worker * buffers_.c_size, y(worker)};
+        combine.run(task, [](int64_t) { return A(1); }, scratch);
       });
     }
     const Left<A> by_token_x{x_.data, x_.stride, rows_.row_to_token},
@@ -88,17 +87,16 @@ template <class W> class Backward {
     const int64_t count = rows_.end(e) - rows_.begin(e);
     A bias_sum[kPair] = {};
     A *c = buffers_.c + worker * buffers_.c_size, *u = buffers_.u + worker * buffers_.u_size;
-    // A panel of no rows is never read: with the forward's product at hand, only its index arithmetic is used.
-    const FirstProduct<W> product(p_, e, index, args_.hidden ? 0 : count, panel(worker));
+    const FirstProduct<W> product(p_, e, index, count);
     if (count > 0) {
       Weight w2 = p_.w2;  // contracted over its rows
       std::swap(w2.row_stride, w2.col_stride), w2.panel_stride = kPanel * w2.row_stride;
-      const Panel<W> down(w2, e, index, product.units(), p_.H, count, panel(worker) + FirstProduct<W>::buffer_size(p_));
+      const Panel<W> down(w2, e, index, product.units(), p_.H, count);
       for_row_blocks(rows_.begin(e), rows_.end(e), [&](int64_t r0, int64_t block) {
         const int32_t* tokens = rows_.row_to_token + r0;
         if (args_.hidden) load_hidden(r0, block, product, c);
-        else product.raw({x_.data, x_.stride, tokens}, block, c);
-        down.product({grad_y_.data, grad_y_.stride, tokens}, block, u, kPanel);
+        else product.raw({x_.data, x_.stride, tokens}, block, c, panel(worker));
+        down.product({grad_y_.data, grad_y_.stride, tokens}, block, u, kPanel, panel(worker));
         for (int64_t m = 0; m < block; ++m) row(r0 + m, index, product, c + m * kPair, u + m * kPanel, bias_sum);
       });
     }
@@ -121,40 +119,39 @@ template <class W> class Backward {
   /// One row: c holds x W13^T, u holds grad_y W2.
   void row(int64_t r, int64_t index, const FirstProduct<W>& product, A* c, A* u, A* bias_sum) const {
     const int64_t slot = p_.row_to_slot[r], units = product.units(), first = product.first();
-    const A weight = weights_[slot], out_weight = p_.weight_on_input ? A(1) : weight,
-            in_weight = p_.weight_on_input ? weight : A(1);
+    const A* mask = p_.hidden_mask ? static_cast<const A*>(p_.hidden_mask) + slot * p_.I + first : nullptr;
+    const A out_weight = p_.weight_on_input ? A(1) : weights_[slot];
     A raw[kPair], act[kPanel], grad[kPair];
-    std::copy_n(c, kPair, raw);
+    if (p_.weight_on_input) std::copy_n(c, kPair, raw);
     product.add_bias(slot, c);
-    const A* up = p_.gated ? c + kPanel : nullptr;
-    if (p_.hidden_mask) {
-      const A* mask = static_cast<const A*>(p_.hidden_mask) + slot * p_.I + first;
-      for (int64_t j = 0; j < units; ++j) u[j] *= mask[j];
+    for (int64_t j = 0; mask && j < units; ++j) u[j] *= mask[j];
+    math<A>().activate_backward(rule_of(p_), out_weight, c, p_.gated ? c + kPanel : nullptr, u, grad, grad + kPanel,
+                                act, units);
+    if (args_.grad_topk_weights) {
+      A share;
+      if (!p_.weight_on_input) share = math<A>().dot(u, act, units);
+      else
+        share = math<A>().dot(grad, raw, units) + (p_.gated ? math<A>().dot(grad + kPanel, raw + kPanel, units) : A(0));
+      buffers_.weight_parts[index * p_.T * p_.K + r] = share;
     }
-    math<A>().activate(rule_of(p_), c, up, act, units);
-    A share = p_.weight_on_input ? A(0) : math<A>().dot(u, act, units);
-    for (int64_t j = 0; j < units; ++j) u[j] *= out_weight;
-    math<A>().activate_backward(rule_of(p_), c, up, u, grad, grad + kPanel, units);
-    if (p_.weight_on_input) {
-      share = math<A>().dot(grad, raw, units);
-      if (p_.gated) share += math<A>().dot(grad + kPanel, raw + kPanel, units);
-    }
-    if (args_.grad_topk_weights) buffers_.weight_parts[index * p_.T * p_.K + r] = share;
-    A* grad_h = buffers_.grad_h + r * rows13(p_);
-    for (int64_t j = 0; j < units; ++j) {
-      bias_sum[j] += grad[j];
-      grad_h[gate_row(p_, first + j)] = in_weight * grad[j];
-      if (!p_.gated) continue;
-      bias_sum[kPanel + j] += grad[kPanel + j];
-      grad_h[up_row(p_, first + j)] = in_weight * grad[kPanel + j];
-    }
-    if (args_.grad_w2) store_weighted_act(r, slot, first, units, out_weight, act);
+    if (args_.grad_w13_bias) math<A>().axpy(A(1), grad, bias_sum, units);
+    if (args_.grad_w13_bias && p_.gated) math<A>().axpy(A(1), grad + kPanel, bias_sum + kPanel, units);
+    store_grad_h(r, first, units, p_.weight_on_input ? weights_[slot] : A(1), grad);
+    if (!args_.grad_w2) return;
+    A* out = buffers_.weighted_act + r * p_.I + first;
+    for (int64_t j = 0; j < units; ++j) out[j] = out_weight * act[j];
+    for (int64_t j = 0; mask && j < units; ++j) out[j] *= mask[j];
   }
 
-  void store_weighted_act(int64_t r, int64_t slot, int64_t first, int64_t units, A weight, const A* act) const {
-    const A* mask = p_.hidden_mask ? static_cast<const A*>(p_.hidden_mask) + slot * p_.I + first : nullptr;
-    A* out = buffers_.weighted_act + r * p_.I + first;
-    for (int64_t j = 0; j < units; ++j) out[j] = weight * (mask ? act[j] * mask[j] : act[j]);
+  void store_grad_h(int64_t r, int64_t first, int64_t units, A scale, const A* grad) const {
+    A* row = buffers_.grad_h + r * rows13(p_);
+    if (p_.interleaved) {
+      for (int64_t j = 0; j < units; ++j)
+        row[2 * (first + j)] = scale * grad[j], row[2 * (first + j) + 1] = scale * grad[kPanel + j];
+      return;
+    }
+    for (int64_t j = 0; j < units; ++j) row[first + j] = scale * grad[j];
+    for (int64_t j = 0; p_.gated && j < units; ++j) row[p_.I + first + j] = scale * grad[kPanel + j];
   }
 
   /// The shares of grad_topk_weights in ascending order of panels, and grad_w2_bias, for the rows of expert e.
@@ -210,9 +207,16 @@ template <class W> class Backward {
 
   static void pack_columns(const Left<A>& side, int64_t r0, int64_t depth, int64_t first, int64_t n, A* to,
                            int64_t width) {
+    const auto at = [&](int64_t r) {
+      return side.data + (side.index ? int64_t(side.index[r0 + r]) : r0 + r) * side.stride + first;
+    };
     for (int64_t r = 0; r < depth; ++r) {
-      const A* from = side.data + (side.index ? int64_t(side.index[r0 + r]) : r0 + r) * side.stride + first;
-      std::copy_n(from, n, to + r * width);
+      prefetch_row(at(std::min(r + kRowsAhead, depth - 1)), n);
+      if (n == kPanel && width == kPanel) {  // of constant size: no call
+        std::memcpy(to + r * kPanel, at(r), kPanel * sizeof(A));
+        continue;
+      }
+      std::copy_n(at(r), n, to + r * width);
       std::fill(to + r * width + n, to + (r + 1) * width, A(0));
     }
   }

@@ -16,11 +16,11 @@ int64_t left_groups(const GroupedGemmArgs& a) {
 }
 
 template <class A> struct Buffers {
-  A *left, *panel, *c;
-  int64_t panel_size, c_size = kRowBlock * kPanel;
-  Buffers(const GroupedGemmArgs& a, int32_t workers, Workspace& space) : panel_size(a.K * kPanel) {
+  A *left, *packed, *c;
+  int64_t c_size = kRowBlock * kPanel;
+  Buffers(const GroupedGemmArgs& a, int32_t workers, Workspace& space) {
     left = space.take<A>(left_in_place(a) ? 0 : left_groups(a) * a.M * a.K);
-    panel = space.take<A>(workers * panel_size);
+    packed = space.take<A>(workers * kPackedSize<A>);
     c = space.take<A>(workers * c_size);
   }
 };
@@ -79,14 +79,13 @@ template <class T> void run(const GroupedGemmArgs& a, const Workers& workers) {
     const int64_t n = std::min(kPanel, cols.end - cols.begin);
     Weight b = a.b;
     b.data = static_cast<const T*>(b.data) + depth.begin * b.col_stride + cols.begin * b.row_stride;
-    const Panel<T> panel(b, g, 0, n, depth.end - depth.begin, rows.end - rows.begin,
-                         buffers.panel + worker * buffers.panel_size, left.by_column);
+    const Panel<T> panel(b, g, 0, n, depth.end - depth.begin, rows.end - rows.begin, left.by_column);
     const T* bias = a.bias ? static_cast<const T*>(a.bias) + g * a.N + cols.begin : nullptr;
     A* c = buffers.c + worker * buffers.c_size;
     for_row_blocks(rows.begin, rows.end, [&](int64_t m0, int64_t count) {
       Left<A> block = left;
       block.data += (left_groups(a) > 1 ? g * left_group : 0) + m0 * left_m + depth.begin * left_k;
-      panel.product(block, count, c, kPanel);
+      panel.product(block, count, c, kPanel, buffers.packed + worker * kPackedSize<A>);
       for (int64_t m = 0; m < count; ++m) {
         A* row = c + m * kPanel;
         if (bias)

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The micro-kernels on 16-byte vectors, for any processor and compiler with vector types.
+#include <algorithm>
 #include <cmath>
 #include <utility>
 

@@ -116,12 +116,13 @@ void activate(const ActivationRule& rule, const A* gate, const A* up, A* out, in
   });
 }
 template <class A>
-void activate_backward(const ActivationRule& rule, const A* gate, const A* up, const A* grad_out, A* grad_gate,
-                       A* grad_up, int64_t count) {
+void activate_backward(const ActivationRule& rule, A scale, const A* gate, const A* up, const A* grad_out, A* grad_gate,
+                       A* grad_up, A* act, int64_t count) {
   for_vectors<A>(count, [&](int64_t i, int64_t lanes) {
     Vec<A> u{}, dg{}, du{};
     if (up) u = load_part(up + i, lanes);
-    gate_of<A, true>(rule, load_part(gate + i, lanes), up ? &u : nullptr, load_part(grad_out + i, lanes), &dg, &du);
+    const Vec<A> grad = scale * load_part(grad_out + i, lanes);
+    store_part(act + i, gate_of<A, true>(rule, load_part(gate + i, lanes), up ? &u : nullptr, grad, &dg, &du), lanes);
     store_part(grad_gate + i, dg, lanes);
     if (up) store_part(grad_up + i, du, lanes);
   });

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // One panel (up to 32 output columns) of an expert's weight, and the product of rows with it. The way is chosen by
 // layout and by the number of rows: few rows read the weight where it lies, many rows pay for a packed float copy
-// first.
+// first. A long contraction goes in blocks, each packed just before it is used, so that the copy is still in the
+// second-level cache.
 #pragma once
 #include "parallel.h"
 #include "tile.h"
@@ -10,14 +11,20 @@ namespace moe::cpu {
 
 constexpr int64_t kDotRows = 20;     // from here on a transposed copy is cheaper than sums across lanes
 constexpr int64_t kDirectRows = 16;  // from here on a contiguous copy is cheaper than strided reads
-constexpr int64_t kRowBlock = 240;   // rows of a product kept in cache (a multiple of the 12-row tile)
+constexpr int64_t kRowBlock = 480;   // rows of a product kept in cache (a multiple of the 12-row tile)
 
-/// Contracted elements kept in the second-level cache at a time: 256 KiB of panel.
-template <class A> constexpr int64_t kDepthBlock = 8192 / sizeof(A);
+/// Contracted elements in a block: 128 KiB of packed panel.
+template <class A> constexpr int64_t kDepthBlock = 4096 / sizeof(A);
+template <class A> constexpr int64_t kPackedSize = kDepthBlock<A> * kPanel;
 
 /// Calls f(first, count) for blocks of kRowBlock rows of [begin, end).
 template <class F> void for_row_blocks(int64_t begin, int64_t end, F&& f) {
   for (int64_t r = begin; r < end; r += kRowBlock) f(r, std::min(kRowBlock, end - r));
+}
+
+constexpr int64_t kRowsAhead = 16;  // short pieces of rows that are far apart are beyond the hardware prefetcher
+template <class T> void prefetch_row(const T* row, int64_t n) {
+  for (int64_t i = 0; i < n; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + i);
 }
 
 template <class W> class Panel {
@@ -25,57 +32,54 @@ template <class W> class Panel {
   using A = acc_t<W>;
 
   /// Panel number `index` of expert e of w: n <= 32 columns, k contracted, to be used for about `rows` rows.
-  /// `buffer` holds k * 32 values and must outlive the panel. A left operand that runs by column cannot be dotted.
-  Panel(const Weight& w, int64_t e, int64_t index, int64_t n, int64_t k, int64_t rows, A* buffer,
-        bool by_column = false)
-      : b_(static_cast<const W*>(w.data) + e * w.expert_stride + index * w.panel_stride),
-        n_(n),
-        k_(k),
-        buffer_(buffer) {
-    if (rows == 0 || (w.col_stride == 1 && rows < kDotRows && !by_column)) {
-      way_ = Way::dot, b_stride_ = w.row_stride;
-    } else if (w.row_stride == 1 && (n == kPanel || w.padded) &&
-               (rows < kDirectRows || (w.padded && std::is_same_v<W, A>))) {
-      way_ = Way::direct, b_stride_ = w.col_stride;
-    } else {
-      way_ = Way::packed;
-      pack(w);
-    }
+  /// A left operand that runs by column cannot be dotted.
+  Panel(const Weight& w, int64_t e, int64_t index, int64_t n, int64_t k, int64_t rows, bool by_column = false)
+      : w_(w), b_(static_cast<const W*>(w.data) + e * w.expert_stride + index * w.panel_stride), n_(n), k_(k) {
+    const bool one_read = rows < kDirectRows || (w.padded && std::is_same_v<W, A>);
+    if (w.col_stride == 1 && rows < kDotRows && !by_column) way_ = Way::dot;
+    else if (w.row_stride == 1 && (n == kPanel || w.padded) && one_read) way_ = Way::direct;
+    else way_ = Way::packed;
   }
 
-  /// c[rows][0 .. n) = left * panel; up to 32 columns of c are written.
-  void product(Left<A> left, int64_t rows, A* c, int64_t c_stride) const {
-    const int64_t step = way_ == Way::dot && rows <= 8 ? std::max<int64_t>(k_, 1) : kDepthBlock<A>;
-    const int64_t left_step = left.by_column ? left.stride : 1;
-    const A* data = left.data;
-    for (int64_t k = 0; k < k_ || k == 0; k += step) {
-      left.data = data + k * left_step;
-      const int64_t depth = std::min(step, k_ - k);
-      if (way_ == Way::dot) tile<W>().dot({left, b_ + k, b_stride_, c, c_stride, rows, n_, depth, k > 0});
-      else if (way_ == Way::direct)
-        tile<W>().outer({left, b_ + k * b_stride_, b_stride_, c, c_stride, rows, kPanel, depth, k > 0});
-      else tile<A>().outer({left, buffer_ + k * kPanel, kPanel, c, c_stride, rows, kPanel, depth, k > 0});
-    }
+  /// Contracted elements to take at a time.
+  int64_t step() const { return way_ == Way::packed ? kDepthBlock<A> : std::max<int64_t>(k_, 1); }
+
+  /// c[rows][0 .. n) = left * panel; up to 32 columns of c are written. packed holds kPackedSize values.
+  void product(const Left<A>& left, int64_t rows, A* c, int64_t c_stride, A* packed) const {
+    for (int64_t k = 0; k < k_ || k == 0; k += step()) product_block(left, rows, k, c, c_stride, packed);
+  }
+
+  /// The share of the contracted elements [k, k + step()); the first share sets c, the others add to it.
+  void product_block(Left<A> left, int64_t rows, int64_t k, A* c, int64_t c_stride, A* packed) const {
+    const int64_t depth = std::min(step(), k_ - k);
+    const bool add = k > 0;
+    left.data += k * (left.by_column ? left.stride : 1);
+    if (way_ == Way::dot) return tile<W>().dot({left, b_ + k, w_.row_stride, c, c_stride, rows, n_, depth, add});
+    if (way_ == Way::direct)
+      return tile<W>().outer({left, b_ + k * w_.col_stride, w_.col_stride, c, c_stride, rows, kPanel, depth, add});
+    pack(b_ + k * w_.col_stride, depth, packed);
+    tile<A>().outer({left, packed, kPanel, c, c_stride, rows, kPanel, depth, add});
   }
 
  private:
   enum class Way { dot, direct, packed };
 
-  void pack(const Weight& w) {
-    if (w.col_stride == 1) return tile<W>().transpose(b_, w.row_stride, n_, k_, buffer_);
-    if (w.row_stride == 1 && w.col_stride == kPanel && w.padded) return tile<W>().widen(b_, buffer_, k_ * kPanel);
-    for (int64_t k = 0; k < k_; ++k) {
-      A* row = buffer_ + k * kPanel;
-      if (w.row_stride == 1) tile<W>().widen(b_ + k * w.col_stride, row, n_);
+  void pack(const W* b, int64_t depth, A* packed) const {
+    if (w_.col_stride == 1) return tile<W>().transpose(b, w_.row_stride, n_, depth, packed);
+    if (w_.padded) return tile<W>().widen(b, packed, depth * kPanel);
+    for (int64_t k = 0; k < depth; ++k) {
+      A* row = packed + k * kPanel;
+      if (w_.row_stride == 1) prefetch_row(b + std::min(k + kRowsAhead, depth - 1) * w_.col_stride, n_);
+      if (w_.row_stride == 1) tile<W>().widen(b + k * w_.col_stride, row, n_);
       else
-        for (int64_t n = 0; n < n_; ++n) row[n] = A(b_[k * w.col_stride + n * w.row_stride]);
+        for (int64_t n = 0; n < n_; ++n) row[n] = A(b[k * w_.col_stride + n * w_.row_stride]);
       std::fill(row + n_, row + kPanel, A(0));
     }
   }
 
+  const Weight w_;
   const W* b_;
-  int64_t n_, k_, b_stride_ = 0;
-  A* buffer_;
+  int64_t n_, k_;
   Way way_;
 };
 

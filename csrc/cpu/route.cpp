@@ -136,8 +136,8 @@ template <class T> void route_token(const RouteArgs& args, int64_t t, const Scra
   // 3. weights
   A sum = A(args.rule.renormalize_eps);
   for (int64_t k = 0; k < args.K; ++k) sum += w.scores[ids[k]];
-  const A scale = A(args.rule.scale) / (!args.rule.renormalize ? A(1) : sum > 0 ? sum : A(1));
-  for (int64_t k = 0; k < args.K; ++k) weights[k] = w.scores[ids[k]] * scale;
+  const A divisor = args.rule.renormalize && sum > 0 ? sum : A(1);  // divide first: K = 1 weighs exactly 1
+  for (int64_t k = 0; k < args.K; ++k) weights[k] = w.scores[ids[k]] / divisor * A(args.rule.scale);
 }
 
 template <class T> void route_token_backward(const RouteBackwardArgs& args, int64_t t, const Scratch<acc_t<T>>& w) {

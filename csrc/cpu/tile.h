@@ -45,8 +45,9 @@ struct ActivationRule {
 template <class A> struct Math {
   /// out = act(gate) * up, or act(gate) where up is null. In place is fine.
   void (*activate)(const ActivationRule&, const A* gate, const A* up, A* out, int64_t count);
-  void (*activate_backward)(const ActivationRule&, const A* gate, const A* up, const A* grad_out, A* grad_gate,
-                            A* grad_up, int64_t count);
+  /// The same as `act`, and the gradients of scale * grad_out through it (grad_up only where up is given).
+  void (*activate_backward)(const ActivationRule&, A scale, const A* gate, const A* up, const A* grad_out, A* grad_gate,
+                            A* grad_up, A* act, int64_t count);
   A (*exp_sum)(A* row, A shift, int64_t count);  // row = exp(row - shift); returns the sum, in lane order
   void (*sigmoid)(A* row, int64_t count);
   A (*max)(const A* row, int64_t count);

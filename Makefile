@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+# Every word sets up what it needs in .venv; a second call is quick. PYTHON and TORCH choose the interpreter and the torch.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+TORCHES ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
+SOURCES := setup.py pyproject.toml $(shell find csrc build_support moe_kernels -type f \
+             -not -name '*.pyc' -not -name '*.so' -not -name _build_info.py)
+CPP := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+PYTHON_FILES := setup.py build_support moe_kernels tests $(wildcard bench)
+
+.DELETE_ON_ERROR:
+.PHONY: demo test lint format types bench sanitize compat clean cuda simt mutants audit gpu soak fuzz
+
+demo: $(VENV)/demo.stamp
+	@$(BIN)/moe-kernels demo
+
+# From tests/, so that the installed package is tested and not the checkout beside it.
+test: $(VENV)/test.stamp
+	cd tests && MOE_KERNELS_STRICT=1 ../$(BIN)/python -m pytest $(ARGS)
+
+bench: $(VENV)/test.stamp
+	cd bench && ../$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check $(PYTHON_FILES)
+	$(BIN)/ruff format --check $(PYTHON_FILES)
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+
+format: $(VENV)/dev.stamp
+	$(BIN)/ruff check --fix $(PYTHON_FILES)
+	$(BIN)/ruff format $(PYTHON_FILES)
+	$(BIN)/clang-format -i $(CPP)
+
+types: $(VENV)/dev.stamp
+	$(BIN)/mypy
+
+# The kernels without Python, under AddressSanitizer and UndefinedBehaviorSanitizer.
+sanitize: $(VENV)/dev.stamp
+	$(BIN)/cmake -S . -B build/sanitize -DMOE_SANITIZE=ON
+	$(BIN)/cmake --build build/sanitize -j 2
+	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
+
+# By hand: make compat TORCHES="2.11.0 2.12.0" runs one wheel, built here, on other torches.
+compat: $(VENV)/torch.stamp
+	@test -n "$(TORCHES)" || { echo 'compat: say which, as in make compat TORCHES="2.11.0 2.12.0"'; exit 2; }
+	rm -rf build/lib* build/bdist* build/wheel
+	$(BIN)/python -m pip wheel -q --no-deps -w build/wheel .
+	@set -e; for torch in $(TORCHES); do \
+	  echo "compat: torch $$torch"; venv=.venv-compat/$$torch; \
+	  test -x $$venv/bin/python || $(PYTHON) -m venv $$venv; \
+	  $$venv/bin/python -m pip install -q "torch==$$torch"; \
+	  wheel=$$(echo build/wheel/*.whl); \
+	  $$venv/bin/python -m pip install -q --force-reinstall --no-deps $$wheel; \
+	  $$venv/bin/python -m pip install -q "$$wheel[test]"; \
+	  (cd tests && MOE_KERNELS_STRICT=1 ../$$venv/bin/python -m pytest $(ARGS)); \
+	done
+
+clean:
+	rm -rf build dist *.egg-info demo_out .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -f moe_kernels/*.so moe_kernels/_build_info.py $(VENV)/*.stamp
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
+
+cuda simt mutants audit gpu soak fuzz:
+	@echo "make $@ is not built yet"; exit 2
+
+$(VENV)/torch.stamp:
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed" if sys.version_info < (3, 10) else 0)'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import torch; assert torch.__version__ >= "2.11"' 2>/dev/null || $(PIP) "$(TORCH)"
+	@touch $@
+
+# What users do: a plain pip install of this folder, which builds the library.
+$(VENV)/demo.stamp: $(VENV)/torch.stamp $(SOURCES)
+	@rm -rf build/lib* build/bdist*
+	$(PIP) ".[hf,plot]"
+	@touch $@
+
+$(VENV)/test.stamp: $(VENV)/torch.stamp $(SOURCES)
+	@rm -rf build/lib* build/bdist*
+	$(PIP) ".[test]"
+	@touch $@ $(VENV)/demo.stamp
+
+$(VENV)/dev.stamp: $(VENV)/torch.stamp pyproject.toml
+	@rm -rf build/lib* build/bdist*
+	$(PIP) ".[dev]"
+	@touch $@

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The backward of every op, each beside what it keeps. Selection, index maps and counts carry no gradient.
+
+Second derivatives exist for `grouped_gemm`, whose backward is made of itself; the other backward ops have none.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import register_autocast, register_autograd
+
+from .schemas import DTYPE_CODE, NAMESPACE
+
+_ops = torch.ops.moe_kernels
+
+# ---- route: keeps logits and ids, O(T*K) beside the logits that the router has anyway
+
+
+def _route_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, _, ctx.scoring, ctx.renormalize, ctx.eps, ctx.scale, ctx.softcap = inputs[:7]
+    _, topk_ids, counts, lse = output
+    ctx.save_for_backward(logits, topk_ids, lse)
+    ctx.mark_non_differentiable(topk_ids, counts)
+    ctx.set_materialize_grads(False)
+
+
+def _route_backward(ctx: Any, grad_weights: Tensor | None, _ids: None, _counts: None, grad_lse: Tensor | None) -> Any:
+    none = (None,) * 11
+    grad_lse = grad_lse if ctx.scoring == 0 else None
+    if grad_weights is None and grad_lse is None:
+        return None, *none
+    rule = (ctx.scoring, ctx.renormalize, ctx.eps, ctx.scale, ctx.softcap)
+    return _ops.route_backward.default(grad_weights, grad_lse, *ctx.saved_tensors, *rule), *none
+
+
+# ---- permute: a row's gradient goes back to its token
+
+
+def _permute_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, row_to_slot, slot_to_row, expert_offsets = output
+    ctx.num_tokens = inputs[0].shape[0]
+    ctx.save_for_backward(slot_to_row)
+    ctx.mark_non_differentiable(row_to_slot, slot_to_row, expert_offsets)
+    ctx.set_materialize_grads(False)
+
+
+def _permute_backward(ctx: Any, grad_rows: Tensor | None, *_maps: None) -> Any:
+    none = (None,) * 3
+    if grad_rows is None:
+        return None, *none
+    (slot_to_row,) = ctx.saved_tensors
+    return _ops.permute_backward.default(grad_rows, slot_to_row, ctx.num_tokens), *none
+
+
+# ---- grouped_gemm: dA = dOut b^T, dB = a^T dOut, dbias = 1^T dOut, each again one of its four cases
+
+
+def _grouped_gemm_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    a, b, offs, bias, _ = inputs
+    needs_a, needs_b = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(a if needs_b else None, b if needs_a else None, offs)
+    ctx.a_dtype, ctx.b_dtype = a.dtype, b.dtype
+    ctx.rows, ctx.groups, ctx.bias_dtype = a.shape[-2], output.dim() == 3, None if bias is None else bias.dtype
+    ctx.set_materialize_grads(False)
+
+
+def _grouped_gemm_backward(ctx: Any, grad: Tensor | None) -> Any:
+    if grad is None:
+        return None, None, None, None, None
+    a, b, offs = ctx.saved_tensors
+    needs_a, needs_b, _, needs_bias, _ = ctx.needs_input_grad
+    grad = grad.to(ctx.a_dtype)
+    product, code = _ops.grouped_gemm.default, DTYPE_CODE[ctx.a_dtype]
+    grad_a = product(grad, b.mT, offs, None, code) if needs_a else None
+    grad_b = product(a.mT, grad, offs, None, code) if needs_b else None
+    grad_bias = None
+    if needs_bias:
+        shape = (grad.shape[0], 1, ctx.rows) if ctx.groups else (1, ctx.rows)
+        ends = None if ctx.groups else offs
+        grad_bias = product(grad.new_ones(shape), grad, ends, None, code).squeeze(1).to(ctx.bias_dtype)
+    return grad_a, grad_b, None, grad_bias, None
+
+
+# ---- unpermute: rows get the weighted token gradient, weights the scalar product with their row
+
+
+def _unpermute_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+    ctx.set_materialize_grads(False)
+
+
+def _unpermute_backward(ctx: Any, grad_y: Tensor | None) -> Any:
+    if grad_y is None:
+        return None, None, None
+    grad_rows, grad_weights = _ops.unpermute_backward.default(grad_y, *ctx.saved_tensors)
+    return grad_rows, None, grad_weights
+
+
+# ---- fused_experts: keeps its inputs and, unless it is to recompute, the first product
+
+_DIFFERENTIABLE = (0, 1, 2, 3, 5, 6)  # x, w13, w2, topk_weights, w13_bias, w2_bias among the arguments
+
+
+def _fused_experts_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(output[1], *inputs[:9])
+    ctx.rule = inputs[9:16]
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _fused_experts_backward(ctx: Any, grad_y: Tensor | None, _hidden: None) -> Any:
+    grads: list[Tensor | None] = [None] * 17
+    wanted = [argument for argument in _DIFFERENTIABLE if ctx.needs_input_grad[argument]]
+    if grad_y is None or not wanted:
+        return tuple(grads)
+    needs = sum(1 << bit for bit, argument in enumerate(_DIFFERENTIABLE) if argument in wanted)
+    found = _ops.fused_experts_backward.default(grad_y, *ctx.saved_tensors, *ctx.rule, needs)
+    for argument, grad in zip(_DIFFERENTIABLE, found):
+        grads[argument] = grad if argument in wanted else None
+    return tuple(grads)
+
+
+def install() -> None:
+    """Registers every backward, and the autocast rule of the router: routing is done in float32."""
+    register_autograd(f"{NAMESPACE}::route", _route_backward, setup_context=_route_setup)
+    register_autograd(f"{NAMESPACE}::permute", _permute_backward, setup_context=_permute_setup)
+    register_autograd(f"{NAMESPACE}::grouped_gemm", _grouped_gemm_backward, setup_context=_grouped_gemm_setup)
+    register_autograd(f"{NAMESPACE}::unpermute", _unpermute_backward, setup_context=_unpermute_setup)
+    register_autograd(f"{NAMESPACE}::fused_experts", _fused_experts_backward, setup_context=_fused_experts_setup)
+    for device in ("cpu", "cuda"):
+        register_autocast(f"{NAMESPACE}::route", device, torch.float32)

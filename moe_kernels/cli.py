@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m moe_kernels demo | doctor | bench | inspect | plan | plot`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+NOT_BUILT = {
+    "bench": "the benchmarks run from a clone of the project with `make bench`",
+    "inspect": "the state of a running layer",
+    "plan": "the cost of expert parallelism on a cluster",
+    "plot": "pictures of recorded expert load",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line, all of it."""
+    top = argparse.ArgumentParser(prog="python -m moe_kernels", description="Mixture-of-Experts kernels for PyTorch.")
+    words = top.add_subparsers(dest="word", required=True, metavar="demo | doctor | bench | inspect | plan | plot")
+    demo = words.add_parser("demo", help="real Hugging Face MoE models before and after: equal, and how much faster")
+    demo.add_argument("--quick", action="store_true", help="smaller and without the largest layers; within a minute")
+    demo.add_argument("--out", default="demo_out", metavar="DIR", help="folder for demo.json and demo.png (demo_out)")
+    demo.add_argument(
+        "--part",
+        action="append",
+        choices=("families", "training", "layers"),
+        help="only this part; may be given more than once",
+    )
+    words.add_parser("doctor", help="versions, build, which backend each op uses and why, what to do about the rest")
+    for word, what in NOT_BUILT.items():
+        words.add_parser(word, help=f"not built yet: {what}")
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one word; returns the exit code (2: the word is not built yet, or something it needs is missing)."""
+    asked, rest = parser().parse_known_args(arguments)
+    if asked.word in NOT_BUILT:
+        print(f"moe_kernels {asked.word}: not built yet ({NOT_BUILT[asked.word]}).", file=sys.stderr)
+        return 2
+    if rest:
+        parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    if asked.word == "doctor":
+        from . import doctor
+
+        return doctor.run()
+    from . import demo
+
+    return demo.run(quick=asked.quick, out=asked.out, parts=tuple(asked.part or ("families", "training", "layers")))

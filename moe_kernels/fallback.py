@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a device has no compiled kernel, an op runs the reference and says so once; MOE_KERNELS_STRICT=1 raises."""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, no-any-return"
+# The implementations take the arguments of their schema, in its order and types.
+
+import functools
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _build, reference
+from .schemas import ACTIVATIONS, DTYPES, LIBRARY, NAMESPACE, SCHEMAS, SCORING, acc_dtype
+
+PANEL = 32  # units in a weight panel
+
+
+def backend_of(op: str, device: str) -> tuple[str, str]:
+    """("cpu kernel" | "cuda kernel" | "reference", why not a kernel) of one op on one kind of device."""
+    if op not in SCHEMAS:
+        raise ValueError(f"backend_of: op must be one of {', '.join(SCHEMAS)}, got {op!r}")
+    kind = device.split(":")[0].lower()
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", kind.upper()):
+        return f"{kind} kernel", ""
+    if not _build.ops_loaded:
+        return "reference", _build.reason
+    return "reference", f"moe_kernels: this build has no kernel of {op} for {kind} tensors"
+
+
+@functools.cache
+def _warn_once(op: str, text: str) -> None:
+    warnings.warn(text, RuntimeWarning, stacklevel=4)
+
+
+def _announce(op: str, tensors: Sequence[Any]) -> None:
+    device = next((t.device.type for t in tensors if isinstance(t, Tensor)), "cpu")
+    text = f"{op} runs the slow reference on {device}: {backend_of(op, device)[1]}"
+    if os.environ.get("MOE_KERNELS_STRICT", "0") not in ("", "0"):
+        raise RuntimeError(f"{text} (MOE_KERNELS_STRICT is set)")
+    _warn_once(op, text)
+
+
+def _empty(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return like.new_empty((0,), dtype=dtype)
+
+
+def _gradients(forward: Callable[..., Tensor | tuple[Tensor, ...]], cotangents: Sequence[Tensor | None],
+               inputs: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor]:  # fmt: skip
+    """Vector-Jacobian products of the reference; [0] for an input that is absent or not wanted."""
+    leaves = [None if t is None else t.detach().requires_grad_(want) for t, want in zip(inputs, wanted)]
+    with torch.enable_grad():
+        outputs = forward(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    pairs = [(o, g) for o, g in zip(outputs, cotangents) if g is not None and o.requires_grad]
+    asked = [t for t in leaves if t is not None and t.requires_grad]
+    grads: Sequence[Tensor] = [torch.zeros_like(t) for t in asked]
+    if pairs and asked:
+        outs, cots = zip(*pairs)
+        grads = torch.autograd.grad(outs, asked, cots, materialize_grads=True)
+    found = iter(g.contiguous() for g in grads)
+    like = next(t for t in inputs if t is not None)
+    return [next(found) if t is not None and t.requires_grad else _empty(like if t is None else t) for t in leaves]
+
+
+# ---- one implementation an op, in the order of the schemas
+
+
+def route(logits, top_k, scoring, renormalize, renormalize_eps, scale, logit_softcap, num_expert_group, topk_group,
+          group_top, e_score_correction_bias, padding_mask):  # fmt: skip
+    routing = reference.route(
+        logits, top_k, scoring_func=SCORING[scoring], renormalize=renormalize, renormalize_eps=renormalize_eps,
+        e_score_correction_bias=e_score_correction_bias, num_expert_group=num_expert_group, topk_group=topk_group,
+        group_top=group_top, routed_scaling_factor=scale, logit_softcap=logit_softcap, padding_mask=padding_mask,
+    )  # fmt: skip
+    lse = _empty(logits, acc_dtype(logits.dtype)) if routing.lse is None else routing.lse
+    return routing.topk_weights, routing.topk_ids, routing.tokens_per_expert, lse
+
+
+def route_backward(grad_weights, grad_lse, logits, topk_ids, lse, scoring, renormalize, renormalize_eps, scale,
+                   logit_softcap):  # fmt: skip
+    def forward(logits: Tensor) -> tuple[Tensor, Tensor]:
+        l, s = reference.scores(logits, SCORING[scoring], logit_softcap)
+        return reference.weigh(s, topk_ids, renormalize, renormalize_eps, scale), reference.log_sum_exp(l, topk_ids)
+
+    return _gradients(forward, (grad_weights, grad_lse), (logits,), (True,))[0]
+
+
+def permute(x, topk_ids, num_experts, align):
+    return tuple(reference.permute(x, topk_ids, num_experts, align=align))
+
+
+def permute_backward(grad_rows, slot_to_row, num_tokens):
+    ones = grad_rows.new_ones((num_tokens, slot_to_row.numel() // max(num_tokens, 1)))
+    return reference.unpermute(grad_rows, slot_to_row, ones)
+
+
+def grouped_gemm(a, b, offs, bias, out_dtype):
+    return reference.grouped_gemm(a, b, offs, bias=bias, out_dtype=DTYPES[out_dtype])
+
+
+def unpermute(rows, slot_to_row, topk_weights):
+    return reference.unpermute(rows, slot_to_row, topk_weights)
+
+
+def unpermute_backward(grad_y, rows, slot_to_row, topk_weights):
+    def forward(rows: Tensor, topk_weights: Tensor) -> Tensor:
+        return reference.unpermute(rows, slot_to_row, topk_weights)
+
+    return tuple(_gradients(forward, (grad_y,), (rows, topk_weights), (True, True)))
+
+
+def _experts(topk_ids, expert_map, hidden_mask, activation, gated, interleaved, transposed, weight_on_input,
+             swiglu_limit, swiglu_alpha):  # fmt: skip
+    """The reference as a function of the six differentiable inputs."""
+
+    def forward(x, w13, w2, topk_weights, w13_bias, w2_bias):
+        return reference.fused_experts(
+            x, w13, w2, topk_weights, topk_ids, activation=ACTIVATIONS[activation], gated=gated, w13_bias=w13_bias,
+            w2_bias=w2_bias, interleaved=interleaved, transposed=transposed, expert_map=expert_map,
+            apply_router_weight_on_input=weight_on_input, swiglu_limit=swiglu_limit, swiglu_alpha=swiglu_alpha,
+            hidden_mask=hidden_mask,
+        )  # fmt: skip
+
+    return forward
+
+
+def fused_experts(x, w13, w2, topk_weights, topk_ids, w13_bias, w2_bias, expert_map, hidden_mask, activation, gated,
+                  interleaved, transposed, weight_on_input, swiglu_limit, swiglu_alpha,
+                  save_hidden):  # fmt: skip
+    forward = _experts(topk_ids, expert_map, hidden_mask, activation, gated, interleaved, transposed, weight_on_input,
+                       swiglu_limit, swiglu_alpha)  # fmt: skip
+    width = w13.shape[2 if transposed else 1]
+    hidden = x.new_zeros((topk_ids.numel(), width)) if save_hidden else _empty(x)
+    return forward(x, w13, w2, topk_weights, w13_bias, w2_bias), hidden
+
+
+def fused_experts_backward(grad_y, hidden, x, w13, w2, topk_weights, topk_ids, w13_bias, w2_bias, expert_map,
+                           hidden_mask, activation, gated, interleaved, transposed, weight_on_input, swiglu_limit,
+                           swiglu_alpha, needs):  # fmt: skip
+    forward = _experts(topk_ids, expert_map, hidden_mask, activation, gated, interleaved, transposed, weight_on_input,
+                       swiglu_limit, swiglu_alpha)  # fmt: skip
+    inputs = (x, w13, w2, topk_weights, w13_bias, w2_bias)
+    return tuple(_gradients(forward, (grad_y,), inputs, [bool(needs >> bit & 1) for bit in range(6)]))
+
+
+def pack_experts(w13, w2, gated, interleaved, transposed, dtype):
+    w13, w2, _ = reference.canonical(w13.to(DTYPES[dtype]), w2.to(DTYPES[dtype]), None, interleaved, transposed)
+    parts = w13.chunk(2, 1) if gated else (w13,)
+    return torch.stack([_panels(part) for part in parts], 2), _panels(w2).clone()
+
+
+def _panels(w: Tensor) -> Tensor:
+    """[E, N, k] -> [E, ceil(N/32), k, 32], zero padded."""
+    pad = -w.shape[1] % PANEL
+    w = torch.nn.functional.pad(w, (0, 0, 0, pad))
+    return w.unflatten(1, (-1, PANEL)).mT.contiguous()
+
+
+def _unpanels(packed: Tensor, units: int) -> Tensor:
+    return packed.mT.flatten(1, 2)[:, :units]
+
+
+def fused_experts_packed(x, packed13, packed2, intermediate_size, topk_weights, topk_ids, w13_bias, w2_bias, expert_map,
+                         hidden_mask, activation, gated, weight_on_input, swiglu_limit,
+                         swiglu_alpha):  # fmt: skip
+    w13 = torch.cat([_unpanels(part, intermediate_size) for part in packed13.unbind(2)], 1)
+    w2 = _unpanels(packed2, x.shape[1])
+    forward = _experts(topk_ids, expert_map, hidden_mask, activation, gated, False, False, weight_on_input,
+                       swiglu_limit, swiglu_alpha)  # fmt: skip
+    return forward(x, w13, w2, topk_weights, w13_bias, w2_bias)
+
+
+def _announced(op: str) -> Callable[..., Any]:
+    run = globals()[op]
+
+    def implementation(*args: Any) -> Any:
+        _announce(op, args)
+        return run(*args)
+
+    return implementation
+
+
+def install() -> None:
+    """Registers the reference below every kernel of its own."""
+    for op in SCHEMAS:
+        LIBRARY.impl(op, _announced(op), "CompositeExplicitAutograd")

@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hugging Face's own switch: `experts_implementation="moe_kernels"`.
+
+transformers (>= 5.0) looks its experts function up by name at every call. `register()` puts ours under "moe_kernels";
+no model code, parameter, router or state_dict key changes. What a class asks for is read from the flags that the
+decorator of transformers leaves on the module, with defaults, so that older and newer versions work alike:
+
+    gate_up_proj [E, 2I, H] rows [gate; up]     or [E, H, 2I] with is_transposed, or up_proj [E, I, H] without has_gate
+    down_proj    [E, H, I]                      or [E, I, H] with is_transposed
+    *_bias       [E, width] with has_bias;      post_expert_norm(rows) before weighting with has_post_expert_norm
+
+A class whose gate and activation we fuse runs `fused_experts`. Every other one (its own `_apply_gate`, an activation
+outside our list, a norm behind the experts) runs permute, grouped_gemm, its own function, grouped_gemm, unpermute.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+import types
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from . import ops
+
+NAME = "moe_kernels"
+MOE_MODULE = "transformers.integrations.moe"
+FP8_MODULE = "transformers.integrations.finegrained_fp8"
+GPT_OSS_MODULE = "transformers.models.gpt_oss.modeling_gpt_oss"
+_REGISTRIES = {MOE_MODULE: "ALL_EXPERTS_FUNCTIONS", FP8_MODULE: "ALL_FP8_EXPERTS_FUNCTIONS"}
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+# ---- the experts function ------------------------------------------------------------------------------------------
+
+
+def experts_forward(
+    module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """The function transformers calls: the experts of one layer on `hidden_states` [T, H].
+
+    Args:
+        module: the experts module; its flags and weights are read at every call (LoRA, FSDP and casts just work).
+        hidden_states: [T, H], any floating dtype; cast to the dtype of the weights, as grouped_mm does.
+        top_k_index: int [T, K]; ids outside [0, num_experts) are absent (expert parallelism marks them so).
+        top_k_weights: floating [T, K], differentiable.
+    Returns:
+        [T, H] in hidden_states.dtype.
+
+    Errors: TypeError for quantised weights, ValueError for weights that are only a shard of the experts.
+    """
+    w13, w13_bias, w2, w2_bias = _weights(module)
+    gate = _fused_gate(module)
+    x = hidden_states.to(w13.dtype)
+    if gate is None or w2.dtype != w13.dtype:
+        y = _unfused(module, x, w13, w13_bias, w2, w2_bias, top_k_index, top_k_weights)
+    else:
+        activation, interleaved, limit, alpha = gate
+        y = ops.fused_experts(
+            x,
+            w13,
+            w2,
+            top_k_weights,
+            top_k_index,
+            activation=activation,
+            gated=_flag(module, "has_gate", True),
+            w13_bias=w13_bias,
+            w2_bias=w2_bias,
+            interleaved=interleaved,
+            transposed=_flag(module, "is_transposed", False),
+            swiglu_limit=limit,
+            swiglu_alpha=alpha,
+        )
+    return y.to(hidden_states.dtype)
+
+
+def _unfused(
+    module: Any,
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    w13_bias: torch.Tensor | None,
+    w2: torch.Tensor,
+    w2_bias: torch.Tensor | None,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+) -> torch.Tensor:
+    """The same layer in five steps, with the module's own gate, activation and norm between our kernels."""
+    transposed = _flag(module, "is_transposed", False)
+    rows = ops.permute(x, topk_ids, w13.shape[0])
+    ends = rows.expert_offsets[1:]
+    h = ops.grouped_gemm(rows.x_rows, w13 if transposed else w13.transpose(1, 2), ends, bias=w13_bias)
+    if not _flag(module, "has_gate", True):
+        h = module.act_fn(h)
+    elif hasattr(module, "_apply_gate"):
+        h = module._apply_gate(h)
+    else:
+        gate, up = h.chunk(2, dim=-1)
+        h = module.act_fn(gate) * up
+    y_rows = ops.grouped_gemm(h.to(w2.dtype), w2 if transposed else w2.transpose(1, 2), ends, bias=w2_bias)
+    if _flag(module, "has_post_expert_norm", False):
+        y_rows = module.post_expert_norm(y_rows)
+    return ops.unpermute(y_rows, rows.slot_to_row, topk_weights)
+
+
+# ---- what the module asks for --------------------------------------------------------------------------------------
+
+
+def _flag(module: Any, name: str, default: bool) -> bool:
+    return bool(getattr(module, name, default))
+
+
+def _weights(module: Any) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
+    """w13, its bias, w2, its bias: plain local floating tensors that hold every expert of the module, or an error."""
+    up = "gate_up_proj" if _flag(module, "has_gate", True) else "up_proj"
+    w13, w2 = _local(module, up), _local(module, "down_proj")
+    num_experts = getattr(module, "num_experts", w13.shape[0])
+    if w13.shape[0] != num_experts or w2.shape[0] != num_experts:
+        raise ValueError(
+            f"moe_kernels: {type(module).__name__} has num_experts={num_experts}, but the local weights hold "
+            f"{w13.shape[0]} ({up}) and {w2.shape[0]} (down_proj) experts: gather a sharded layer before its forward, "
+            "or set num_experts to the local count as expert parallelism does"
+        )
+    if not _flag(module, "has_bias", False):
+        return w13, None, w2, None
+    return w13, _local(module, f"{up}_bias").to(w13.dtype), w2, _local(module, "down_proj_bias").to(w2.dtype)
+
+
+def _local(module: Any, name: str) -> torch.Tensor:
+    weight = getattr(module, name, None)
+    if weight is None:
+        raise TypeError(f"moe_kernels: {type(module).__name__} has no {name}; choose another experts_implementation")
+    if hasattr(type(weight), "to_local"):  # a DTensor: kernels take this rank's part
+        weight = weight.to_local()
+    if weight.dtype not in _DTYPES:
+        raise TypeError(
+            f"moe_kernels: {type(module).__name__}.{name} is {weight.dtype}: quantised experts are not supported. "
+            "Load the model dequantised, or choose experts_implementation='grouped_mm' or 'eager'"
+        )
+    return weight  # type: ignore[no-any-return]
+
+
+def _fused_gate(module: Any) -> tuple[str, bool, float, float] | None:
+    """(activation, interleaved, swiglu_limit, swiglu_alpha) of a gate that `fused_experts` computes, or None."""
+    if _flag(module, "has_post_expert_norm", False):
+        return None
+    if not _flag(module, "has_gate", True):
+        activation = activation_name(getattr(module, "act_fn", None))
+        return None if activation is None else (activation, False, 7.0, 1.702)
+
+    gate = getattr(module, "_apply_gate", None)
+    function = getattr(gate, "__func__", gate)
+    # By identity, not by name: torch.compile evaluates a comparison of __qualname__ wrongly.
+    if function is None or function is _default_gate():
+        activation = activation_name(getattr(module, "act_fn", None))
+        concatenated = _flag(module, "is_concatenated", True)  # the default gate always splits in halves
+        return (activation, False, 7.0, 1.702) if activation is not None and concatenated else None
+    if function is _gpt_oss_gate():
+        limit, alpha = getattr(module, "limit", None), getattr(module, "alpha", None)
+        if isinstance(limit, float | int) and isinstance(alpha, float | int):
+            return "swigluoai", True, float(limit), float(alpha)  # gate and up alternate in gpt-oss
+    return None
+
+
+def _default_gate() -> Any:
+    return getattr(sys.modules.get(MOE_MODULE), "_default_apply_gate", None)
+
+
+def _gpt_oss_gate() -> Any:
+    return getattr(getattr(sys.modules.get(GPT_OSS_MODULE), "GptOssExperts", None), "_apply_gate", None)
+
+
+_FUNCTIONS: tuple[tuple[Any, str], ...] = (
+    (F.silu, "silu"),
+    (F.gelu, "gelu"),
+    (F.relu, "relu"),
+    (torch.relu, "relu"),
+)
+_CLASSES = {
+    "SiLUActivation": "silu",
+    "SiLU": "silu",
+    "GELUActivation": "gelu",
+    "NewGELUActivation": "gelu_tanh",
+    "GELUTanh": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+    "ReLU": "relu",
+    "ReLUSquaredActivation": "relu2",
+}
+_HOMES = ("transformers.activations", "torch.nn.modules.activation")
+
+
+def activation_name(act_fn: Any) -> str | None:
+    """Our name of a module's activation (a module, or a function such as F.silu), or None for one we do not fuse."""
+    for function, name in _FUNCTIONS:
+        if act_fn is function:
+            return name
+    if isinstance(act_fn, functools.partial):
+        tanh = act_fn.func is F.gelu and not act_fn.args and act_fn.keywords == {"approximate": "tanh"}
+        return "gelu_tanh" if tanh else None
+    kind = type(act_fn)
+    if kind.__module__ not in _HOMES:
+        return None
+    if kind.__name__ == "GELU":
+        return {"none": "gelu", "tanh": "gelu_tanh"}.get(act_fn.approximate)
+    return _CLASSES.get(kind.__name__)
+
+
+# ---- registration --------------------------------------------------------------------------------------------------
+
+
+def fp8_experts_forward(module: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """What transformers finds under our name for an FP8 model: a refusal that says what to do."""
+    raise TypeError(
+        f"moe_kernels: {type(module).__name__} holds FP8 experts, and quantised experts are not supported. "
+        "Load the model with its quantization config set to dequantize=True, or choose experts_implementation="
+        "'grouped_mm'"
+    )
+
+
+_FUNCTION_OF = {MOE_MODULE: experts_forward, FP8_MODULE: fp8_experts_forward}
+
+
+def register() -> bool:
+    """Register "moe_kernels" in the experts registries of transformers that are loaded; True if the main one was.
+
+    Never imports transformers. Calling it again is harmless.
+    """
+    done = [_register_in(name) for name in _REGISTRIES]
+    return done[0]
+
+
+def is_registered() -> bool:
+    """Whether `experts_implementation="moe_kernels"` is known to the transformers that is loaded."""
+    registry = getattr(sys.modules.get(MOE_MODULE), _REGISTRIES[MOE_MODULE], None)
+    return registry is not None and registry.get(NAME) is experts_forward
+
+
+def hook_state() -> str:
+    """One line for `doctor`: registered, waiting for transformers to load, or not installed."""
+    if is_registered():
+        return f'registered: experts_implementation="{NAME}" works'
+    if any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        return "waiting: registers itself when transformers loads"
+    return "not installed"
+
+
+def install_hook() -> None:
+    """Register now what is loaded; the rest registers itself when it loads. Called by `import moe_kernels`."""
+    waiting = [name for name in _REGISTRIES if not _register_in(name)]
+    if waiting and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder(waiting))
+
+
+def _register_in(module_name: str) -> bool:
+    registry = getattr(sys.modules.get(module_name), _REGISTRIES[module_name], None)
+    if registry is None:
+        return False
+    try:
+        registry.register(NAME, _FUNCTION_OF[module_name])
+    except Exception as error:  # a future transformers must still import
+        warnings.warn(f"moe_kernels: could not register with {module_name}: {error!r}", RuntimeWarning, stacklevel=2)
+        return False
+    return True
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Sees the import of a module with a registry, lets the usual finders find it, and registers after it has run."""
+
+    def __init__(self, waiting: list[str]) -> None:
+        self.waiting = set(waiting)
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name not in self.waiting:
+            return None
+        self.waiting.discard(name)  # so that the search below passes us by
+        spec = importlib.util.find_spec(name)
+        if not self.waiting and self in sys.meta_path:
+            sys.meta_path.remove(self)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader)
+        return spec
+
+
+class _Loader(importlib.abc.Loader):
+    """The module's own loader; hands the module back to it, runs it, then registers."""
+
+    def __init__(self, loader: importlib.abc.Loader) -> None:
+        self.loader = loader
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        module.__loader__ = self.loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self.loader
+        self.loader.exec_module(module)
+        _register_in(module.__name__)

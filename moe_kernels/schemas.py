@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every op of the package, defined once: name, arguments, results.
+
+Letters: T tokens, H hidden, I expert width, E experts, K experts a token, S = T*K slots (t*K + k), P permuted rows.
+"acc" is float64 where the input is float64, else float32. Strings travel as the codes below: an int costs nothing.
+The compiled library (`csrc/bindings`) implements these schemas for the CPU key, `fallback.py` for every other device.
+"""
+
+import torch
+
+NAMESPACE = "moe_kernels"
+SCORING = ("softmax", "sigmoid", "sqrtsoftplus")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "swigluoai")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+SCORING_CODE = {name: code for code, name in enumerate(SCORING)}
+ACTIVATION_CODE = {name: code for code, name in enumerate(ACTIVATIONS)}
+DTYPE_CODE = {dtype: code for code, dtype in enumerate(DTYPES)}
+
+SCHEMAS = {
+    # logits [T, E] -> topk_weights [T, K] acc, topk_ids [T, K] i32, tokens_per_expert [E] i32, lse [T] acc or [0]
+    "route": "(Tensor logits, int top_k, int scoring, bool renormalize, float renormalize_eps, float scale, "
+    "float logit_softcap, int num_expert_group, int topk_group, int group_top, Tensor? e_score_correction_bias, "
+    "Tensor? padding_mask) -> (Tensor, Tensor, Tensor, Tensor)",
+    # -> grad of logits [T, E]
+    "route_backward": "(Tensor? grad_weights, Tensor? grad_lse, Tensor logits, Tensor topk_ids, Tensor lse, "
+    "int scoring, bool renormalize, float renormalize_eps, float scale, float logit_softcap) -> Tensor",
+    # x [T, H], topk_ids [T, K] -> x_rows [P, H], row_to_slot [P] i32, slot_to_row [S] i32, expert_offsets [E+1] i32
+    "permute": "(Tensor x, Tensor topk_ids, int num_experts, int align) -> (Tensor, Tensor, Tensor, Tensor)",
+    # grad_rows [P, H] -> grad of x [T, H]
+    "permute_backward": "(Tensor grad_rows, Tensor slot_to_row, int num_tokens) -> Tensor",
+    # the four 2-D and 3-D cases of a grouped matrix product; out_dtype is a code
+    "grouped_gemm": "(Tensor a, Tensor b, Tensor? offs, Tensor? bias, int out_dtype) -> Tensor",
+    # rows [P, H] -> y [T, H]
+    "unpermute": "(Tensor rows, Tensor slot_to_row, Tensor topk_weights) -> Tensor",
+    # -> grad_rows [P, H], grad_weights [T, K]
+    "unpermute_backward": "(Tensor grad_y, Tensor rows, Tensor slot_to_row, Tensor topk_weights) -> (Tensor, Tensor)",
+    # -> y [T, H], hidden (opaque, for the backward; [0] unless save_hidden)
+    "fused_experts": "(Tensor x, Tensor w13, Tensor w2, Tensor topk_weights, Tensor topk_ids, Tensor? w13_bias, "
+    "Tensor? w2_bias, Tensor? expert_map, Tensor? hidden_mask, int activation, bool gated, bool interleaved, "
+    "bool transposed, bool weight_on_input, float swiglu_limit, float swiglu_alpha, bool save_hidden) "
+    "-> (Tensor, Tensor)",
+    # -> grads of x, w13, w2, topk_weights, w13_bias, w2_bias; `needs` is a bit mask in that order; not needed: [0]
+    "fused_experts_backward": "(Tensor grad_y, Tensor hidden, Tensor x, Tensor w13, Tensor w2, Tensor topk_weights, "
+    "Tensor topk_ids, Tensor? w13_bias, Tensor? w2_bias, Tensor? expert_map, Tensor? hidden_mask, int activation, "
+    "bool gated, bool interleaved, bool transposed, bool weight_on_input, float swiglu_limit, float swiglu_alpha, "
+    "int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    # -> packed13 [E, ceil(I/32), 2 or 1, H, 32], packed2 [E, ceil(H/32), I, 32]; column c of panel p is unit p*32 + c
+    "pack_experts": "(Tensor w13, Tensor w2, bool gated, bool interleaved, bool transposed, int dtype) "
+    "-> (Tensor, Tensor)",
+    # -> y [T, H]; w13_bias is [gate; up], never interleaved
+    "fused_experts_packed": "(Tensor x, Tensor packed13, Tensor packed2, int intermediate_size, Tensor topk_weights, "
+    "Tensor topk_ids, Tensor? w13_bias, Tensor? w2_bias, Tensor? expert_map, Tensor? hidden_mask, int activation, "
+    "bool gated, bool weight_on_input, float swiglu_limit, float swiglu_alpha) -> Tensor",
+}
+
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+for _name, _schema in SCHEMAS.items():
+    LIBRARY.define(_name + _schema)
+
+
+def acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that routing, accumulation and the combine are done in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,314 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Golden vectors (tests/golden/README.md): ids exactly, values within each file's own tolerance, with gradients.
+
+`pytest tests/test_golden.py --golden DIR` takes any other folder of the same format: the stem of a file says what it
+holds (`hf_mixtral`, `hf_mixtral_large`, ...), its metadata the sizes, and noise, masks and capacities come with it.
+"""
+
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import golden_folder
+from safetensors import safe_open
+
+NOT_BUILT = {  # kind -> what is missing; such a file is not run beyond what this package has
+    "ref_base_layer": "balanced assignment",
+    "ref_bias_update": "update of the selection bias",
+    "ref_capacity_top1": "choice of the slots to drop",
+    "ref_capacity_top2": "choice of the slots to drop",
+    "ref_expert_choice_c1": "expert choice router",
+    "ref_expert_choice_c2": "expert choice router",
+    "ref_gshard_top2": "GShard router",
+    "ref_hash": "deterministic routers",
+    "ref_hierarchical": "two-level router",
+    "ref_losses": "balance losses",
+    "ref_noisy_topk": "noisy gating",
+    "ref_sinkhorn": "Sinkhorn assignment",
+}
+
+
+class Vector:
+    """One file: tensors by name, `config`, and its tolerance."""
+
+    def __init__(self, path: Path) -> None:
+        with safe_open(path, "pt") as file:
+            meta = file.metadata() or {}
+            self.tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no dict
+        self.stem, self.config = path.stem, json.loads(meta.get("config", "{}"))
+        text = meta.get("tolerance", "")
+        self.atol = float(m[1]) if (m := re.search(r"atol ([\d.e+-]+)", text)) else 1e-5
+        self.rtol = float(m[1]) if (m := re.search(r"rtol ([\d.e+-]+)", text)) else 1e-4
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.tensors[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
+
+    def param(self, *names: str) -> torch.Tensor:
+        """The first of these parameters that is there, as a leaf that its gradient will be compared for."""
+        name = next(n for n in names if "param." + n in self)
+        leaf = self["param." + name].clone().requires_grad_()
+        self.leaves[name] = leaf
+        return leaf
+
+    leaves: dict[str, torch.Tensor]
+
+    def close(self, actual: torch.Tensor, name: str) -> None:
+        wanted = self[name]
+        assert actual.shape == wanted.shape, name
+        assert torch.allclose(actual, wanted, rtol=self.rtol, atol=self.atol), (
+            f"{self.stem}: {name} differs by {float((actual - wanted).abs().max()):.3g}"
+        )
+        if wanted.numel():  # the twin: the same comparison does notice four times its tolerance
+            moved = actual.detach().contiguous().clone()
+            at = int(wanted.abs().argmax())
+            moved.view(-1)[at] = wanted.reshape(-1)[at] + 4 * (self.atol + self.rtol * wanted.reshape(-1)[at].abs())
+            assert not torch.allclose(moved, wanted, rtol=self.rtol, atol=self.atol), name
+
+    def same(self, actual: torch.Tensor, name: str) -> None:
+        assert torch.equal(actual.long(), self[name].long().reshape(actual.shape)), f"{self.stem}: {name} differs"
+
+
+def kind_of(stem: str) -> str:
+    """The longest known kind that the stem begins with."""
+    fits = [kind for kind in (*KINDS, *NOT_BUILT) if stem == kind or stem.startswith(kind + "_")]
+    return max(fits, key=len, default="")
+
+
+# ---- hf_*: whole layers, written out from our ops
+
+SOFTMAX_RENORM = {"renormalize": True}
+SOFTMAX = {"renormalize": False}
+
+
+def renorm_flag(config):
+    return {"renormalize": config["norm_topk_prob"]}
+
+
+def deepseek_v2(config):
+    groups = (
+        {"num_expert_group": config["n_group"], "topk_group": config["topk_group"]} if config["n_group"] > 1 else {}
+    )
+    return {"renormalize": config["norm_topk_prob"], "scale_when_renormalized": False,
+            "routed_scaling_factor": config["routed_scaling_factor"], **groups}  # fmt: skip
+
+
+def deepseek_v3(config):
+    groups = (
+        {"num_expert_group": config["n_group"], "topk_group": config["topk_group"]} if config["n_group"] > 1 else {}
+    )
+    return {"scoring_func": "sigmoid", "renormalize": config["norm_topk_prob"],
+            "routed_scaling_factor": config["routed_scaling_factor"], **groups}  # fmt: skip
+
+
+ROUTERS = {  # kind -> options of route from the config of the file
+    "hf_mixtral": lambda c: SOFTMAX_RENORM, "hf_qwen3_moe": renorm_flag, "hf_qwen2_moe": renorm_flag,
+    "hf_olmoe": renorm_flag, "hf_gpt_oss": lambda c: SOFTMAX_RENORM, "hf_granitemoe": lambda c: SOFTMAX_RENORM,
+    "hf_jamba": lambda c: SOFTMAX, "hf_deepseek_v2": deepseek_v2, "hf_deepseek_v3": deepseek_v3,
+    "hf_glm4_moe": deepseek_v3, "hf_minimax_m2": lambda c: {"scoring_func": "sigmoid"},
+    "hf_llama4": lambda c: {"scoring_func": "sigmoid", "renormalize": False}, "hf_dbrx": lambda c: SOFTMAX_RENORM,
+}  # fmt: skip
+ROUTER_WEIGHT = ("gate.weight", "router.weight", "router.layer.weight", "router.classifier.weight")
+
+
+def mlp(v, x, prefix):
+    """A shared expert: one SwiGLU MLP."""
+    gate, up, down = (v.param(f"{prefix}.{name}_proj.weight") for name in ("gate", "up", "down"))
+    return (F.silu(x @ gate.T) * (x @ up.T)) @ down.T
+
+
+def start(v):
+    v.leaves = {}
+    return v["x"].reshape(-1, v["x"].shape[-1]).clone().requires_grad_()
+
+
+def finish(v, x, y):
+    """Compares y, the gradient of x and of every parameter that was used."""
+    v.close(y.reshape(v["y"].shape).detach(), "y")
+    grads = torch.autograd.grad(y, [x, *v.leaves.values()], v["gy"].reshape(y.shape))
+    v.close(grads[0].reshape(v["x"].shape), "grad_x")
+    for name, grad in zip(v.leaves, grads[1:]):
+        v.close(grad.reshape(v["grad." + name].shape), "grad." + name)
+
+
+def routed(v, backend, x, kind):
+    logits = F.linear(x, v.param(*ROUTER_WEIGHT), v.param("router.bias") if "param.router.bias" in v else None)
+    bias = next(
+        (v[name] for name in ("buffer.gate.e_score_correction_bias", "buffer.e_score_correction_bias") if name in v),
+        None,
+    )
+    routing = backend.route(logits, v["topk_ids"].shape[1], e_score_correction_bias=bias, **ROUTERS[kind](v.config))
+    v.close(logits.detach(), "logits")
+    v.same(routing.topk_ids, "topk_ids")
+    v.close(routing.topk_weights.detach(), "topk_weights")
+    if "tokens_per_expert" in v:
+        v.same(routing.tokens_per_expert, "tokens_per_expert")
+    return routing
+
+
+def hf_layer(v, backend, kind):
+    x = start(v)
+    routing = routed(v, backend, x, kind)
+    if kind == "hf_gpt_oss":
+        options = {"w13_bias": v.param("experts.gate_up_proj_bias"), "w2_bias": v.param("experts.down_proj_bias"),
+                   "interleaved": True, "transposed": True, "activation": "swigluoai"}  # fmt: skip
+    else:
+        options = {"transposed": True, "apply_router_weight_on_input": True} if kind == "hf_llama4" else {}
+    if kind == "hf_dbrx":
+        E, H = v["logits"].shape[1], x.shape[1]
+        w1, v1, w2 = (v.param(f"experts.mlp.{name}").reshape(E, -1, H) for name in ("w1", "v1", "w2"))
+        w13, w2 = torch.cat([w1, v1], 1), w2.mT
+    else:
+        w13, w2 = v.param("experts.gate_up_proj"), v.param("experts.down_proj")
+    y = backend.fused_experts(x, w13, w2, routing.topk_weights, routing.topk_ids, **options)
+    if "param.shared_experts.gate_proj.weight" in v:
+        y = y + mlp(v, x, "shared_experts")
+    if kind == "hf_llama4":
+        y = y + mlp(v, x, "shared_expert")
+    if kind == "hf_qwen2_moe":
+        y = y + torch.sigmoid(x @ v.param("shared_expert_gate.weight").T) * mlp(v, x, "shared_expert")
+    finish(v, x, y)
+
+
+def hf_switch(v, backend, kind):
+    """Top-1 with the probability as weight; which tokens are beyond an expert's capacity is given."""
+    x = start(v)
+    logits = x @ v.param("router.classifier.weight").T
+    routing = backend.route(logits, 1, renormalize=False)
+    v.same(routing.topk_ids, "expert_index")
+    v.close(routing.topk_weights.detach().reshape(v["expert_prob"].shape), "expert_prob")
+    E = v["logits"].shape[-1]
+    up, down = (torch.stack([v.param(f"experts.expert_{e}.{name}.weight") for e in range(E)]) for name in ("wi", "wo"))
+    ids = torch.where(v["kept"].reshape(-1, 1), routing.topk_ids, -1)
+    y = backend.fused_experts(x, up, down, routing.topk_weights, ids, activation="relu", gated=False)
+    finish(v, x, y)
+
+
+def hf_phimoe_eval(v, backend, kind):
+    """The experts on the given routing; the sparsemixer router is not built, so no gradient of x or of the router."""
+    x = start(v)
+    w13, w2 = v.param("experts.gate_up_proj"), v.param("experts.down_proj")
+    y = backend.fused_experts(x, w13, w2, v["topk_weights"], v["topk_ids"])
+    v.close(y.detach().reshape(v["y"].shape), "y")
+    grads = torch.autograd.grad(y, list(v.leaves.values()), v["gy"].reshape(y.shape))
+    for name, grad in zip(v.leaves, grads):
+        v.close(grad, "grad." + name)
+
+
+# ---- ref_*
+
+
+def ref_dispatch(v, backend, kind):
+    x, E, K = v["x"], v.config["E"], v.config["k"]
+    got = backend.permute(x, v["topk_ids"], E)
+    v.same(got.row_to_slot, "sorted_pair")
+    v.same(got.row_to_slot // K, "sorted_token")
+    v.same(got.slot_to_row, "inverse")
+    v.same(got.expert_offsets, "offsets")
+    v.same(got.expert_offsets.diff(), "counts")
+    v.same(v["topk_ids"].flatten()[got.row_to_slot.long()], "sorted_expert")
+    assert torch.equal(got.x_rows, v["x_permuted"])
+
+
+def ref_ties(v, backend, kind):
+    for renormalize, name in ((False, "weights_raw"), (True, "weights_renormalised")):
+        got = backend.route(v["logits"], v.config["k"], renormalize=renormalize)
+        v.same(got.topk_ids, "topk_ids")
+        v.close(got.topk_weights, name)
+
+
+def ref_grok1(v, backend, kind):
+    names = ("x", "router_weight", "w_gate", "w_up", "w_down")
+    leaves = [v[name].clone().requires_grad_() for name in names]
+    x, router, gate, up, down = leaves
+    routing = backend.route(x @ router.T, v.config["k"], renormalize=v.config["renormalise"])
+    v.same(routing.topk_ids, "topk_ids")
+    v.close(routing.topk_weights.detach(), "topk_weights")
+    y = backend.fused_experts(
+        x, torch.cat([gate, up], 1), down, routing.topk_weights, routing.topk_ids, activation=v.config["act"]
+    )
+    v.close(y.detach(), "y")
+    for name, grad in zip(names, torch.autograd.grad(y, leaves, v["gy"])):
+        v.close(grad, "grad_" + name)
+
+
+def ref_jitter_dropout(v, backend, kind):
+    w13, w2, act = torch.cat([v["w_gate"], v["w_up"]], 1), v["w_down"], v.config["act"]
+
+    def layer(logits, name, **options):
+        routing = backend.route(logits, v.config["k"], renormalize=v.config["renormalise"])
+        if name + "_ids" in v:
+            v.same(routing.topk_ids, name + "_ids")
+            v.close(routing.topk_weights, name + "_weights")
+        ids = torch.where(options.pop("keep"), routing.topk_ids, -1) if "keep" in options else routing.topk_ids
+        y = backend.fused_experts(v["x"], w13, w2, routing.topk_weights, ids, activation=act, **options)
+        v.close(y, name + "_y")
+
+    clean = v["x"] @ v["router_weight"].T
+    layer((v["x"] * v["jitter"]) @ v["router_weight"].T, "jitter")
+    layer(torch.where(v["expert_alive"], clean, -math.inf), "expert_dropout")
+    layer(clean, "clean")
+    layer(clean, "output_mask", keep=v["output_keep"])
+    layer(clean, "inner_dropout", hidden_mask=v["inner_keep_scaled"])
+
+
+def ref_token_table(v, backend, kind):
+    """Ids from the table, weights learned: route over the k logits of the given experts weighs them."""
+    ids = v["table"][v["token_ids"]]
+    v.same(ids, "topk_ids")
+    logits = (v["x"] @ v["router_weight"].T).gather(1, ids)
+    routing = backend.route(
+        logits, v.config["k"], scoring_func=v.config["score"], routed_scaling_factor=v.config["scaling"]
+    )
+    v.close(torch.zeros_like(logits).scatter(1, routing.topk_ids.long(), routing.topk_weights), "topk_weights")
+
+
+KINDS = {
+    **dict.fromkeys(ROUTERS, hf_layer), "hf_switch": hf_switch, "hf_phimoe_eval": hf_phimoe_eval,
+    "ref_dispatch": ref_dispatch, "ref_ties": ref_ties, "ref_grok1": ref_grok1,
+    "ref_jitter_dropout": ref_jitter_dropout, "ref_token_table": ref_token_table,
+}  # fmt: skip
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "path" in metafunc.fixturenames:
+        paths = sorted(golden_folder(metafunc.config).glob("*.safetensors"))
+        paths = [p for p in paths if kind_of(p.stem) not in NOT_BUILT]
+        metafunc.parametrize("path", paths, ids=lambda p: p.stem)
+
+
+def test_vector(backend, path):
+    kind = kind_of(path.stem)
+    assert kind, f"{path.name}: unknown kind; known are {', '.join([*KINDS, *NOT_BUILT])}"
+    KINDS[kind](Vector(path), backend, kind)
+
+
+def test_the_list_of_what_is_not_built_names_existing_vectors():
+    stems = {path.stem for path in Path(__file__).with_name("golden").glob("*.safetensors")}
+    assert set(NOT_BUILT) <= stems
+    assert not set(NOT_BUILT) & set(KINDS)
+    assert {kind_of(stem) for stem in stems} == {*NOT_BUILT, *KINDS}
+
+
+def test_the_readme_of_the_vectors_names_each():
+    folder = Path(__file__).with_name("golden")
+    text = (folder / "README.md").read_text()
+    assert all(f"## {path.name}" in text for path in folder.glob("*.safetensors"))
+
+
+def test_another_folder(tmp_path, pytestconfig):
+    """Stems with a suffix, as a second set of vectors has."""
+    shutil.copy(
+        Path(__file__).with_name("golden") / "hf_mixtral.safetensors", tmp_path / "hf_mixtral_large.safetensors"
+    )
+    assert kind_of("hf_mixtral_large") == "hf_mixtral"
+    assert kind_of("hf_deepseek_v3_a") == "hf_deepseek_v3"
+    assert kind_of("hf_unknown") == ""
+    assert Vector(tmp_path / "hf_mixtral_large.safetensors").config["num_experts_per_tok"] == 2
