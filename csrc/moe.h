@@ -60,10 +60,10 @@ struct RouteBackwardArgs {
   const void* grad_lse;      // [T] acc, or null
   const void* logits;        // [T, E]
   int64_t logits_stride;
-  const int32_t* topk_ids;  // [T, K]
-  const void* lse;          // [T] acc for softmax
-  void* grad_logits;        // [T, E]
-  void* workspace;          // route_workspace_bytes
+  const int32_t* topk_ids;   // [T, K]
+  const void* topk_weights;  // [T, K] acc; a slot of weight 0 was out of reach and gets no gradient
+  void* grad_logits;         // [T, E]
+  void* workspace;           // route_workspace_bytes
 };
 
 /// narrow_ids: ids of any integer width to int32, through expert_map where given; all that is not in [0, E) becomes -1.
@@ -177,7 +177,7 @@ struct FusedExpertsBackwardArgs {
   void* grad_x;             // [T, H], or null as each of the following
   void* grad_w13;           // laid out as w13_out says
   void* grad_w2;            //
-  void* grad_topk_weights;  // [S] acc
+  void* grad_topk_weights;  // [S] acc, zeroed by the caller: absent slots are not written
   void* grad_w13_bias;      // [E, 2I | I]
   void* grad_w2_bias;       // [E, H]
   Weight w13_out, w2_out;   // strides of the two weight gradients

@@ -14,13 +14,13 @@ from .schemas import DTYPE_CODE, NAMESPACE
 
 _ops = torch.ops.moe_kernels
 
-# ---- route: keeps logits and ids, O(T*K) beside the logits that the router has anyway
+# ---- route: keeps logits, ids and weights, O(T*K) beside the logits that the router has anyway
 
 
 def _route_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, _, ctx.scoring, ctx.renormalize, ctx.eps, ctx.scale, ctx.softcap = inputs[:7]
-    _, topk_ids, counts, lse = output
-    ctx.save_for_backward(logits, topk_ids, lse)
+    topk_weights, topk_ids, counts, _ = output
+    ctx.save_for_backward(logits, topk_ids, topk_weights)
     ctx.mark_non_differentiable(topk_ids, counts)
     ctx.set_materialize_grads(False)
 

@@ -80,11 +80,13 @@ def route(logits, top_k, scoring, renormalize, renormalize_eps, scale, logit_sof
     return routing.topk_weights, routing.topk_ids, routing.tokens_per_expert, lse
 
 
-def route_backward(grad_weights, grad_lse, logits, topk_ids, lse, scoring, renormalize, renormalize_eps, scale,
+def route_backward(grad_weights, grad_lse, logits, topk_ids, topk_weights, scoring, renormalize, renormalize_eps, scale,
                    logit_softcap):  # fmt: skip
+    live_ids = torch.where(topk_weights != 0, topk_ids, -1)  # an expert out of reach has weight 0 and no gradient
+
     def forward(logits: Tensor) -> tuple[Tensor, Tensor]:
         l, s = reference.scores(logits, SCORING[scoring], logit_softcap)
-        return reference.weigh(s, topk_ids, renormalize, renormalize_eps, scale), reference.log_sum_exp(l, topk_ids)
+        return reference.weigh(s, live_ids, renormalize, renormalize_eps, scale), reference.log_sum_exp(l, topk_ids)
 
     return _gradients(forward, (grad_weights, grad_lse), (logits,), (True,))[0]
 

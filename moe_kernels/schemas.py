@@ -22,7 +22,7 @@ SCHEMAS = {
     "float logit_softcap, int num_expert_group, int topk_group, int group_top, Tensor? e_score_correction_bias, "
     "Tensor? padding_mask) -> (Tensor, Tensor, Tensor, Tensor)",
     # -> grad of logits [T, E]
-    "route_backward": "(Tensor? grad_weights, Tensor? grad_lse, Tensor logits, Tensor topk_ids, Tensor lse, "
+    "route_backward": "(Tensor? grad_weights, Tensor? grad_lse, Tensor logits, Tensor topk_ids, Tensor topk_weights, "
     "int scoring, bool renormalize, float renormalize_eps, float scale, float logit_softcap) -> Tensor",
     # x [T, H], topk_ids [T, K] -> x_rows [P, H], row_to_slot [P] i32, slot_to_row [S] i32, expert_offsets [E+1] i32
     "permute": "(Tensor x, Tensor topk_ids, int num_experts, int align) -> (Tensor, Tensor, Tensor, Tensor)",

@@ -24,10 +24,12 @@ def samples(dtype=torch.float32):
     p = mk.permute(case.x, r.topk_ids, 8, align=2)
     b = torch.randn(8, 12, 7, dtype=dtype)
     packed = OPS.pack_experts(case.w13, case.w2, True, False, False, 1)
-    lse = r.lse
     yield "route", (logits, 2, 0, True, 0.0, 1.5, 0.0, 1, 1, 1, None, None)
     yield "route", (logits, 2, 1, True, 1e-20, 1.5, 3.0, 4, 2, 2, torch.randn(8, dtype=dtype), torch.arange(6) < 4)
-    yield "route_backward", (torch.rand_like(r.topk_weights), None, logits, r.topk_ids, lse, 0, True, 0.0, 1.0, 0.0)
+    yield (
+        "route_backward",
+        (torch.rand_like(r.topk_weights), None, logits, r.topk_ids, r.topk_weights, 0, True, 0.0, 1.0, 0.0),
+    )
     yield "permute", (case.x, r.topk_ids, 8, 4)
     yield "permute_backward", (torch.randn_like(p.x_rows), p.slot_to_row, 6)
     yield "grouped_gemm", (p.x_rows, b, p.expert_offsets[1:], None, 1)

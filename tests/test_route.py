@@ -188,6 +188,19 @@ def test_a_slot_without_a_finite_choice_weighs_nothing(backend):
     assert got.topk_weights[0, 1] == 0
 
 
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_an_expert_out_of_reach_gets_no_gradient(backend, renormalize):
+    logits = torch.tensor([[1.0, 0.5, 0.25, math.nan]], requires_grad=True)  # the masked group holds ids 2 and 3
+    bias = torch.tensor([0.0, 0.0, 9.0, 9.0])
+    got = backend.route(
+        logits, 2, scoring_func="sigmoid", renormalize=renormalize, num_expert_group=2, topk_group=1, group_top=1,
+        e_score_correction_bias=bias,
+    )  # fmt: skip
+    assert got.topk_ids.tolist() == [[2, 0]]
+    (grad,) = torch.autograd.grad(got.topk_weights @ torch.tensor([1.0, 5.0]), logits)
+    assert grad[0, [0, 1, 3]].eq(0).all()
+
+
 def test_a_nan_bias_is_never_chosen_before_a_number(backend):
     bias = torch.tensor([math.nan, 0.0, 0.0])
     assert backend.route(

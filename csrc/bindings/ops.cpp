@@ -51,7 +51,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> route(const Tensor& logits_, int64_t 
 }
 
 Tensor route_backward(const MaybeTensor& grad_weights_, const MaybeTensor& grad_lse_, const Tensor& logits_,
-                      const Tensor& topk_ids, const Tensor& lse, int64_t scoring, bool renormalize,
+                      const Tensor& topk_ids, const Tensor& topk_weights, int64_t scoring, bool renormalize,
                       double renormalize_eps, double scale, double logit_softcap) {
   const DType dtype = dtype_of("route_backward", "logits", logits_);
   const ScalarType acc = acc_of(dtype);
@@ -59,6 +59,8 @@ Tensor route_backward(const MaybeTensor& grad_weights_, const MaybeTensor& grad_
   const int64_t T = logits.size(0), E = logits.size(1), K = topk_ids.size(1);
   want("route_backward", "topk_ids", topk_ids, {T, K});
   const MaybeTensor grad_weights = to_type(grad_weights_, acc), grad_lse = to_type(grad_lse_, acc);
+  const Tensor weights = to_type(topk_weights, acc);
+  want("route_backward", "topk_weights", weights, {T, K});
   if (grad_weights) want("route_backward", "grad_weights", *grad_weights, {T, K});
   if (grad_lse) want("route_backward", "grad_lse", *grad_lse, {scoring == 0 ? T : 0});
   const Tensor ids = narrow_ids("route_backward", topk_ids, E);
@@ -75,7 +77,7 @@ Tensor route_backward(const MaybeTensor& grad_weights_, const MaybeTensor& grad_
                        logits.const_data_ptr(),
                        logits.stride(0),
                        ids.const_data_ptr<int32_t>(),
-                       lse.const_data_ptr(),
+                       weights.const_data_ptr(),
                        out.mutable_data_ptr(),
                        space.mutable_data_ptr()},
                       workers);

@@ -3,7 +3,6 @@
 #pragma once
 #include <dlfcn.h>
 #include <pthread.h>
-#include <sys/mman.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -89,15 +88,8 @@ inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::sta
 inline Tensor with_contiguous_rows(const Tensor& t) {
   return t.dim() == 2 && t.size(1) > 0 && t.stride(1) == 1 ? t : dense(t);
 }
-/// Uninitialised. Fresh memory of some size costs a page fault every 4 KiB, a third of the time of a weight gradient: ask
-/// for huge pages.
 inline Tensor empty(const Tensor& like, std::vector<int64_t> sizes, ScalarType type) {
-  constexpr uintptr_t kHuge = 2 << 20;
-  Tensor t = torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), type);
-  const auto begin = (reinterpret_cast<uintptr_t>(t.const_data_ptr()) + kHuge - 1) / kHuge * kHuge;
-  const auto end = (reinterpret_cast<uintptr_t>(t.const_data_ptr()) + t.numel() * t.element_size()) / kHuge * kHuge;
-  if (end > begin + kHuge) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-  return t;
+  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), type);
 }
 inline Tensor to_type(const Tensor& t, ScalarType type) {
   if (t.scalar_type() == type) return dense(t);

@@ -99,7 +99,7 @@ void check_route_backward(const Workers& workers, Scoring scoring) {
                        .logits = logits.data(),
                        .logits_stride = E,
                        .topk_ids = ids.data(),
-                       .lse = lse.data(),
+                       .topk_weights = weights.data(),
                        .grad_logits = grad.data(),
                        .workspace = scratch.get()},
                       workers);

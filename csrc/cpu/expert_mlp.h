@@ -98,12 +98,12 @@ template <class W> class FirstProduct {
 template <class A> struct Scratch {
   A* packed;  // a packed panel
   A* c;       // [kRowBlock][64] a product
-  A* y;       // [tokens][32] output columns
+  A* y;       // [tokens][64] output columns
 };
-template <class A> int64_t combine_size(const ExpertMlp& p) { return std::min(p.T, kTokenBlock) * kPanel; }
+template <class A> int64_t combine_size(const ExpertMlp& p) { return std::min(p.T, kTokenBlock) * kPair; }
 
 /// out[t] = sum over the rows r of t of scale(r) * (left[r] w + bias), in ascending order of experts. A task owns 32
-/// columns of a block of tokens: no atomics, and one order for any number of threads.
+/// or 64 columns of a block of tokens: no atomics, and one order for any number of threads.
 template <class W> struct Combine {
   using A = acc_t<W>;
   const ExpertRows& rows;
@@ -113,31 +113,31 @@ template <class W> struct Combine {
   int64_t k;
   void* out;  // [T, H]
 
-  int64_t panels() const { return ceil_div(rows.p.H, kPanel); }
-  int64_t tasks() const { return panels() * ceil_div(rows.p.T, kTokenBlock); }
-  int64_t width(int64_t task) const { return std::min(kPanel, rows.p.H - task % panels() * kPanel); }
+  int64_t columns() const { return panel_columns(w); }
+  int64_t column_blocks() const { return ceil_div(rows.p.H, columns()); }
+  int64_t tasks() const { return column_blocks() * ceil_div(rows.p.T, kTokenBlock); }
+
   template <class Scale> void run(int64_t task, Scale scale, const Scratch<A>& scratch) const {
-    const int64_t index = task % panels(), n = width(task), t0 = task / panels() * kTokenBlock;
-    const int64_t tokens = std::min(kTokenBlock, rows.p.T - t0);
-    std::fill_n(scratch.y, tokens * kPanel, A(0));
+    const int64_t h0 = task % column_blocks() * columns(), n = std::min(columns(), rows.p.H - h0);
+    const int64_t t0 = task / column_blocks() * kTokenBlock, tokens = std::min(kTokenBlock, rows.p.T - t0);
+    std::fill_n(scratch.y, tokens * kPair, A(0));
     for (int64_t e = 0; e < rows.p.E; ++e) {
       if (rows.begin(e) == rows.end(e)) continue;
       const int64_t begin = rows.first_at(e, t0), end = rows.first_at(e, t0 + tokens);
       if (begin == end) continue;
-      const Panel<W> panel(w, e, index, n, k, end - begin);
-      const W* b = bias ? static_cast<const W*>(bias) + e * rows.p.H + index * kPanel : nullptr;
+      const Panel<W> panel(w, e, h0 / kPanel, n, k, end - begin);
+      const W* b = bias ? static_cast<const W*>(bias) + e * rows.p.H + h0 : nullptr;
       for_row_blocks(begin, end, [&](int64_t r0, int64_t count) {
         const Left<A> block{left.data + r0 * left.stride, left.stride};
-        panel.product(block, count, scratch.c, kPanel, scratch.packed);
+        panel.product(block, count, scratch.c, kPair, scratch.packed);
         for (int64_t m = 0; m < count; ++m) {
-          A* row = scratch.c + m * kPanel;
+          A* row = scratch.c + m * kPair;
           for (int64_t j = 0; b && j < n; ++j) row[j] += A(b[j]);
-          math<A>().axpy(scale(r0 + m), row, scratch.y + (rows.row_to_token[r0 + m] - t0) * kPanel, n);
+          math<A>().axpy(scale(r0 + m), row, scratch.y + (rows.row_to_token[r0 + m] - t0) * kPair, n);
         }
       });
     }
-    for (int64_t t = 0; t < tokens; ++t)
-      narrow(rows.p.dtype, scratch.y + t * kPanel, out, (t0 + t) * rows.p.H + index * kPanel, n);
+    narrow(rows.p.dtype, scratch.y, kPair, out, t0 * rows.p.H + h0, rows.p.H, tokens, n);
   }
 };
 

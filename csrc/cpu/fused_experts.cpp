@@ -46,14 +46,15 @@ template <class W> void run(const FusedExpertsArgs& args, const Workers& workers
     const FirstProduct<W> product(p, e, task % panels, count);
     for_row_blocks(rows.begin(e), rows.end(e), [&](int64_t r0, int64_t block) {
       product.raw({x.data, x.stride, rows.row_to_token + r0}, block, scratch.c, scratch.packed);
+      if (args.hidden) {
+        const int64_t at = r0 * rows13(p) + product.first();
+        narrow(p.dtype, scratch.c, kPair, args.hidden, at, rows13(p), block, product.units());
+        if (p.gated)
+          narrow(p.dtype, scratch.c + kPanel, kPair, args.hidden, at + p.I, rows13(p), block, product.units());
+      }
       for (int64_t m = 0; m < block; ++m) {
         A *h = scratch.c + m * kPair, *out = buffers.act + (r0 + m) * p.I + product.first();
         const int64_t slot = p.row_to_slot[r0 + m], units = product.units();
-        if (args.hidden) {
-          const int64_t at = (r0 + m) * rows13(p) + product.first();
-          narrow(p.dtype, h, args.hidden, at, units);
-          if (p.gated) narrow(p.dtype, h + kPanel, args.hidden, at + p.I, units);
-        }
         product.add_bias(slot, h);
         math<A>().activate(rule_of(p), h, p.gated ? h + kPanel : nullptr, out, units);
         for (int64_t j = 0; mask && j < units; ++j) out[j] *= mask[slot * p.I + product.first() + j];

@@ -12,8 +12,8 @@
 namespace moe::cpu {
 namespace {
 
-constexpr int64_t kWgradRows = 192;   // rows of a weight gradient a task owns: 16 tiles of 12
-constexpr int64_t kWgradDepth = 512;  // token rows packed at a time
+constexpr int64_t kWgradRows = 96;     // rows of a weight gradient a task owns: 8 tiles of 12
+constexpr int64_t kWgradDepth = 1024;  // token rows packed at a time
 
 template <class A> struct Buffers {
   int32_t* row_to_token;  // [S]
@@ -21,18 +21,21 @@ template <class A> struct Buffers {
   A* grad_h;              // [S, 2I | I] in the row order of w13, times s
   A* weighted_act;        // [S, I], a times the weight at the output
   A* weight_parts;        // [ceil(I/32), S] shares of the gradient of the routing weights
+  A* right;               // [ceil(k/32), S, 32] the right side of a weight gradient, panel by panel
   A *panel, *c, *u, *y;   // a worker's packed panels, products, output columns
-  int64_t panel_size, c_size = kRowBlock * kPair, u_size = kRowBlock * kPanel, y_size;
+  int64_t panel_size, c_size = kRowBlock * kPair, u_size = kRowBlock * kPair, y_size;
 
   Buffers(const FusedExpertsBackwardArgs& args, int32_t workers, Workspace& space) {
     const ExpertMlp& p = args.mlp;
     const int64_t S = p.T * p.K, copy = is_acc<A>(p.dtype) ? 0 : p.T * p.H;
-    const int64_t packed = kWgradDepth * (kWgradRows + kPanel) + kWgradRows * kPanel;
+    const int64_t packed = (kWgradDepth + kPanel) * kWgradRows;
+    const int64_t widest = !args.grad_w13 && !args.grad_w2 ? 0 : std::max(p.H, rows13(p));
     panel_size = std::max({kPackedSize<A>, packed, p.H}), y_size = std::max(combine_size<A>(p), p.H);
     row_to_token = space.take<int32_t>(S);
     x = space.take<A>(copy), grad_y = space.take<A>(copy);
     grad_h = space.take<A>(S * rows13(p)), weighted_act = space.take<A>(args.grad_w2 ? S * p.I : 0);
     weight_parts = space.take<A>(args.grad_topk_weights ? ceil_div(p.I, kPanel) * S : 0);
+    right = space.take<A>(ceil_div(widest, kPanel) * kPanel * S);
     panel = space.take<A>(workers * panel_size), c = space.take<A>(workers * c_size);
     u = space.take<A>(workers * u_size), y = space.take<A>(workers * y_size);
   }
@@ -55,16 +58,14 @@ template <class W> class Backward {
     fill_row_to_token(p_, buffers_.row_to_token);
     x_ = rows_as_acc(p_.dtype, p_.x, p_.T, p_.H, p_.x_stride, buffers_.x, workers_);
     grad_y_ = rows_as_acc(p_.dtype, args_.grad_y, p_.T, p_.H, args_.grad_y_stride, buffers_.grad_y, workers_);
-    const int64_t panels = ceil_div(p_.I, kPanel);
+    const int64_t blocks = ceil_div(p_.I, hidden_columns()), step = hidden_columns() / kPanel;
     if (args_.grad_x || args_.grad_w13 || args_.grad_w2 || args_.grad_topk_weights || args_.grad_w13_bias)
-      for_tasks(workers_, p_.E * panels,
-                [&](int32_t worker, int64_t task) { hidden(worker, task / panels, task % panels); });
+      for_tasks(workers_, p_.E * blocks,
+                [&](int32_t worker, int64_t task) { hidden(worker, task / blocks, task % blocks * step); });
     if (args_.grad_topk_weights || args_.grad_w2_bias)
       for_tasks(workers_, p_.E, [&](int32_t worker, int64_t e) { weights_and_bias(worker, e); });
     if (args_.grad_x) {
-      Weight w13 = p_.w13;  // contracted over its rows
-      std::swap(w13.row_stride, w13.col_stride), w13.panel_stride = kPanel * w13.row_stride;
-      const Combine<W> combine{rows_, {buffers_.grad_h, rows13(p_)}, w13, nullptr, rows13(p_), args_.grad_x};
+      const Combine<W> combine{rows_, {buffers_.grad_h, rows13(p_)}, turned(p_.w13), nullptr, rows13(p_), args_.grad_x};
       for_tasks(workers_, combine.tasks(), [&](int32_t worker, int64_t task) {
         const Scratch<A> scratch{panel(worker), buffers_.c + worker * buffers_.c_size, y(worker)};
         combine.run(task, [](int64_t) { return A(1); }, scratch);
@@ -80,31 +81,38 @@ template <class W> class Backward {
 
  private:
   A* panel(int32_t worker) const { return buffers_.panel + worker * buffers_.panel_size; }
+  /// The weight contracted over its rows.
+  static Weight turned(Weight w) {
+    std::swap(w.row_stride, w.col_stride), w.panel_stride = kPanel * w.row_stride;
+    return w;
+  }
+  int64_t hidden_columns() const { return panel_columns(turned(p_.w2)); }
   A* y(int32_t worker) const { return buffers_.y + worker * buffers_.y_size; }
 
-  /// Step 1 for hidden units [32 * index, ..) of expert e.
+  /// Step 1 for expert e and hidden units [32 * index, ..), one or two panels.
   void hidden(int32_t worker, int64_t e, int64_t index) const {
-    const int64_t count = rows_.end(e) - rows_.begin(e);
-    A bias_sum[kPair] = {};
+    const int64_t count = rows_.end(e) - rows_.begin(e), first = index * kPanel;
+    const int64_t units = std::min(hidden_columns(), p_.I - first);
+    A bias_sum[2][kPair] = {};
     A *c = buffers_.c + worker * buffers_.c_size, *u = buffers_.u + worker * buffers_.u_size;
-    const FirstProduct<W> product(p_, e, index, count);
-    if (count > 0) {
-      Weight w2 = p_.w2;  // contracted over its rows
-      std::swap(w2.row_stride, w2.col_stride), w2.panel_stride = kPanel * w2.row_stride;
-      const Panel<W> down(w2, e, index, product.units(), p_.H, count);
-      for_row_blocks(rows_.begin(e), rows_.end(e), [&](int64_t r0, int64_t block) {
-        const int32_t* tokens = rows_.row_to_token + r0;
+    const Panel<W> down(turned(p_.w2), e, index, units, p_.H, count);
+    for_row_blocks(rows_.begin(e), rows_.end(e), [&](int64_t r0, int64_t block) {
+      const int32_t* tokens = rows_.row_to_token + r0;
+      down.product({grad_y_.data, grad_y_.stride, tokens}, block, u, kPair, panel(worker));
+      for (int64_t half = 0; half * kPanel < units; ++half) {
+        const FirstProduct<W> product(p_, e, index + half, count);
         if (args_.hidden) load_hidden(r0, block, product, c);
         else product.raw({x_.data, x_.stride, tokens}, block, c, panel(worker));
-        down.product({grad_y_.data, grad_y_.stride, tokens}, block, u, kPanel, panel(worker));
-        for (int64_t m = 0; m < block; ++m) row(r0 + m, index, product, c + m * kPair, u + m * kPanel, bias_sum);
-      });
-    }
+        for (int64_t m = 0; m < block; ++m)
+          row(r0 + m, index + half, product, c + m * kPair, u + m * kPair + half * kPanel, bias_sum[half]);
+      }
+    });
     if (!args_.grad_w13_bias) return;
     W* bias = static_cast<W*>(args_.grad_w13_bias) + e * rows13(p_);
-    for (int64_t j = 0; j < product.units(); ++j) {
-      bias[gate_row(p_, product.first() + j)] = W(bias_sum[j]);
-      if (p_.gated) bias[up_row(p_, product.first() + j)] = W(bias_sum[kPanel + j]);
+    for (int64_t j = 0; j < units; ++j) {
+      const A* sum = bias_sum[j / kPanel];
+      bias[gate_row(p_, first + j)] = W(sum[j % kPanel]);
+      if (p_.gated) bias[up_row(p_, first + j)] = W(sum[kPanel + j % kPanel]);
     }
   }
 
@@ -171,7 +179,7 @@ template <class W> class Backward {
       }
       if (args_.grad_w2_bias) math<A>().axpy(p_.weight_on_input ? A(1) : weights_[slot], grad_y, sum, p_.H);
     }
-    if (args_.grad_w2_bias) tile<W>().narrow(sum, static_cast<W*>(args_.grad_w2_bias) + e * p_.H, p_.H);
+    if (args_.grad_w2_bias) tile<W>().narrow(sum, 0, static_cast<W*>(args_.grad_w2_bias) + e * p_.H, 0, 1, p_.H);
   }
 
   /// grad[e][n][k] = sum over the rows r of e of n_side[r][n] * k_side[r][k]. The contiguous index of the output takes
@@ -179,46 +187,43 @@ template <class W> class Backward {
   void weight_gradient(Left<A> n_side, int64_t n_size, Left<A> k_side, int64_t k_size, const Weight& out,
                        void* grad) const {
     if (out.col_stride != 1) std::swap(n_side, k_side), std::swap(n_size, k_size);
-    const int64_t blocks = ceil_div(n_size, kWgradRows);
+    const int64_t blocks = ceil_div(n_size, kWgradRows), rows = p_.expert_offsets[p_.E];
+    for_tasks(workers_, ceil_div(k_size, kPanel), [&](int32_t, int64_t panel) {
+      pack_columns(k_side, 0, rows, panel * kPanel, std::min(kPanel, k_size - panel * kPanel),
+                   buffers_.right + panel * rows * kPanel, kPanel);
+    });
     for_tasks(workers_, p_.E * blocks, [&](int32_t worker, int64_t task) {
       const int64_t e = task / blocks, n0 = task % blocks * kWgradRows, n = std::min(kWgradRows, n_size - n0);
       W* block = static_cast<W*>(grad) + e * out.expert_stride + n0 * k_size;
       if (rows_.begin(e) == rows_.end(e)) std::memset(static_cast<void*>(block), 0, n * k_size * sizeof(W));
-      else weight_gradient_block(worker, e, n_side, n0, n, k_side, k_size, block);
+      else weight_gradient_block(worker, e, n_side, n0, n, k_size, block);
     });
   }
 
-  void weight_gradient_block(int32_t worker, int64_t e, const Left<A>& n_side, int64_t n0, int64_t n,
-                             const Left<A>& k_side, int64_t k_size, W* block) const {
-    A *left = panel(worker), *right = left + kWgradDepth * kWgradRows, *c = right + kWgradDepth * kPanel;
+  void weight_gradient_block(int32_t worker, int64_t e, const Left<A>& n_side, int64_t n0, int64_t n, int64_t k_size,
+                             W* block) const {
+    A *left = panel(worker), *sum = left + kWgradDepth * kWgradRows;
+    const int64_t rows = p_.expert_offsets[p_.E];
     const bool once = rows_.end(e) - rows_.begin(e) <= kWgradDepth;  // the left side stays packed over all of k
     for (int64_t k0 = 0; k0 < k_size; k0 += kPanel) {
       const int64_t k = std::min(kPanel, k_size - k0);
+      const bool in_place = std::is_same_v<W, A> && k == kPanel;  // the sums go straight to the gradient
+      A* c = in_place ? reinterpret_cast<A*>(block + k0) : sum;
       for (int64_t r0 = rows_.begin(e); r0 < rows_.end(e); r0 += kWgradDepth) {
         const int64_t depth = std::min(kWgradDepth, rows_.end(e) - r0);
         if (k0 == 0 || !once) pack_columns(n_side, r0, depth, n0, n, left, kWgradRows);
-        pack_columns(k_side, r0, depth, k0, k, right, kPanel);
-        tile<A>().outer(
-            {{left, kWgradRows, nullptr, true}, right, kPanel, c, kPanel, n, kPanel, depth, r0 > rows_.begin(e)});
+        const A* right = buffers_.right + k0 * rows + r0 * kPanel;
+        const Left<A> columns{left, kWgradRows, nullptr, true};
+        tile<A>().outer({columns, right, kPanel, c, in_place ? k_size : kPanel, n, kPanel, depth, r0 > rows_.begin(e)});
       }
-      for (int64_t m = 0; m < n; ++m) tile<W>().narrow(c + m * kPanel, block + m * k_size + k0, k);
+      if (!in_place) tile<W>().narrow(sum, kPanel, block + k0, k_size, n, k);
     }
   }
 
   static void pack_columns(const Left<A>& side, int64_t r0, int64_t depth, int64_t first, int64_t n, A* to,
                            int64_t width) {
-    const auto at = [&](int64_t r) {
-      return side.data + (side.index ? int64_t(side.index[r0 + r]) : r0 + r) * side.stride + first;
-    };
-    for (int64_t r = 0; r < depth; ++r) {
-      prefetch_row(at(std::min(r + kRowsAhead, depth - 1)), n);
-      if (n == kPanel && width == kPanel) {  // of constant size: no call
-        std::memcpy(to + r * kPanel, at(r), kPanel * sizeof(A));
-        continue;
-      }
-      std::copy_n(at(r), n, to + r * width);
-      std::fill(to + r * width + n, to + (r + 1) * width, A(0));
-    }
+    const A* from = side.data + first + (side.index ? 0 : r0 * side.stride);
+    tile<A>().gather(from, side.stride, side.index ? side.index + r0 : nullptr, n, depth, to, width);
   }
 
   const FusedExpertsBackwardArgs& args_;

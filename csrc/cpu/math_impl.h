@@ -128,10 +128,12 @@ void activate_backward(const ActivationRule& rule, A scale, const A* gate, const
   });
 }
 
-template <class A> inline A lane_sum(Vec<A> v) {
-  A sum = 0;
-  for (int i = 0; i < VecOf<A>::lanes; ++i) sum += v[i];
-  return sum;
+template <int L, int kBy> struct Rotate {
+  static constexpr int lane(int r) { return (r + kBy) % L; }
+};
+template <class A, int kBy = VecOf<A>::lanes / 2> inline A lane_sum(Vec<A> v) {  // by halves
+  if constexpr (kBy == 0) return v[0];
+  else return lane_sum<A, kBy / 2>(v + shuffle_by<A, Rotate<VecOf<A>::lanes, kBy>>(v, v));
 }
 template <class A> A exp_sum(A* row, A shift, int64_t count) {
   Vec<A> sum{};

@@ -24,7 +24,8 @@ template <class T, class Packed> void pack_panel(const PackArgs& a, int64_t e, i
         for (int64_t j = 0; j < kPanel; ++j)
           panel[k * kPanel + j] = j < n ? A(from[k * a.w.col_stride + j * a.w.row_stride]) : A(0);
     }
-    if constexpr (std::is_same_v<acc_t<Packed>, A>) tile<Packed>().narrow(panel, packed + k0 * kPanel, depth * kPanel);
+    if constexpr (std::is_same_v<acc_t<Packed>, A>)
+      tile<Packed>().narrow(panel, 0, packed + k0 * kPanel, 0, 1, depth * kPanel);
     else
       for (int64_t i = 0; i < depth * kPanel; ++i) packed[k0 * kPanel + i] = Packed(acc_t<Packed>(panel[i]));
   }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// One panel (up to 32 output columns) of an expert's weight, and the product of rows with it. The way is chosen by
-// layout and by the number of rows: few rows read the weight where it lies, many rows pay for a packed float copy
+// One panel (up to 32 output columns, or 64) of an expert's weight, and the product of rows with it. The way is chosen
+// by layout and by the number of rows: few rows read the weight where it lies, many rows pay for a packed float copy
 // first. A long contraction goes in blocks, each packed just before it is used, so that the copy is still in the
 // second-level cache.
 #pragma once
@@ -17,34 +17,37 @@ constexpr int64_t kRowBlock = 480;   // rows of a product kept in cache (a multi
 template <class A> constexpr int64_t kDepthBlock = 4096 / sizeof(A);
 template <class A> constexpr int64_t kPackedSize = kDepthBlock<A> * kPanel;
 
-/// Calls f(first, count) for blocks of kRowBlock rows of [begin, end).
+/// Calls f(first, count) for the rows [begin, end), cut at the multiples of kRowBlock.
 template <class F> void for_row_blocks(int64_t begin, int64_t end, F&& f) {
-  for (int64_t r = begin; r < end; r += kRowBlock) f(r, std::min(kRowBlock, end - r));
+  for (int64_t r = begin, next; r < end; r = next) {
+    next = std::min(end, (r / kRowBlock + 1) * kRowBlock);
+    f(r, next - r);
+  }
 }
 
-constexpr int64_t kRowsAhead = 16;  // short pieces of rows that are far apart are beyond the hardware prefetcher
-template <class T> void prefetch_row(const T* row, int64_t n) {
-  for (int64_t i = 0; i < n; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + i);
-}
+/// Columns to take at a time: a weight that runs along its columns costs a page of address translation a row, so take
+/// more.
+inline int64_t panel_columns(const Weight& w) { return w.row_stride == 1 && !w.padded ? 2 * kPanel : kPanel; }
 
 template <class W> class Panel {
  public:
   using A = acc_t<W>;
 
-  /// Panel number `index` of expert e of w: n <= 32 columns, k contracted, to be used for about `rows` rows.
-  /// A left operand that runs by column cannot be dotted.
+  /// Columns [32 * index, +n) of expert e of w, k contracted, to be used for about `rows` rows. n is at most
+  /// panel_columns(w). A left operand that runs by column cannot be dotted.
   Panel(const Weight& w, int64_t e, int64_t index, int64_t n, int64_t k, int64_t rows, bool by_column = false)
       : w_(w), b_(static_cast<const W*>(w.data) + e * w.expert_stride + index * w.panel_stride), n_(n), k_(k) {
     const bool one_read = rows < kDirectRows || (w.padded && std::is_same_v<W, A>);
+    width_ = n > kPanel ? 2 * kPanel : kPanel;
     if (w.col_stride == 1 && rows < kDotRows && !by_column) way_ = Way::dot;
-    else if (w.row_stride == 1 && (n == kPanel || w.padded) && one_read) way_ = Way::direct;
+    else if (w.row_stride == 1 && (n == width_ || w.padded) && one_read) way_ = Way::direct;
     else way_ = Way::packed;
   }
 
   /// Contracted elements to take at a time.
-  int64_t step() const { return way_ == Way::packed ? kDepthBlock<A> : std::max<int64_t>(k_, 1); }
+  int64_t step() const { return way_ == Way::packed ? kDepthBlock<A> * kPanel / width_ : std::max<int64_t>(k_, 1); }
 
-  /// c[rows][0 .. n) = left * panel; up to 32 columns of c are written. packed holds kPackedSize values.
+  /// c[rows][0 .. n) = left * panel; c has room for 32 or 64 columns. packed holds kPackedSize values.
   void product(const Left<A>& left, int64_t rows, A* c, int64_t c_stride, A* packed) const {
     for (int64_t k = 0; k < k_ || k == 0; k += step()) product_block(left, rows, k, c, c_stride, packed);
   }
@@ -56,9 +59,9 @@ template <class W> class Panel {
     left.data += k * (left.by_column ? left.stride : 1);
     if (way_ == Way::dot) return tile<W>().dot({left, b_ + k, w_.row_stride, c, c_stride, rows, n_, depth, add});
     if (way_ == Way::direct)
-      return tile<W>().outer({left, b_ + k * w_.col_stride, w_.col_stride, c, c_stride, rows, kPanel, depth, add});
+      return tile<W>().outer({left, b_ + k * w_.col_stride, w_.col_stride, c, c_stride, rows, width_, depth, add});
     pack(b_ + k * w_.col_stride, depth, packed);
-    tile<A>().outer({left, packed, kPanel, c, c_stride, rows, kPanel, depth, add});
+    tile<A>().outer({left, packed, width_, c, c_stride, rows, width_, depth, add});
   }
 
  private:
@@ -67,19 +70,15 @@ template <class W> class Panel {
   void pack(const W* b, int64_t depth, A* packed) const {
     if (w_.col_stride == 1) return tile<W>().transpose(b, w_.row_stride, n_, depth, packed);
     if (w_.padded) return tile<W>().widen(b, packed, depth * kPanel);
-    for (int64_t k = 0; k < depth; ++k) {
-      A* row = packed + k * kPanel;
-      if (w_.row_stride == 1) prefetch_row(b + std::min(k + kRowsAhead, depth - 1) * w_.col_stride, n_);
-      if (w_.row_stride == 1) tile<W>().widen(b + k * w_.col_stride, row, n_);
-      else
-        for (int64_t n = 0; n < n_; ++n) row[n] = A(b[k * w_.col_stride + n * w_.row_stride]);
-      std::fill(row + n_, row + kPanel, A(0));
-    }
+    if (w_.row_stride == 1) return tile<W>().gather(b, w_.col_stride, nullptr, n_, depth, packed, width_);
+    for (int64_t k = 0; k < depth; ++k)
+      for (int64_t n = 0; n < width_; ++n)
+        packed[k * width_ + n] = n < n_ ? A(b[k * w_.col_stride + n * w_.row_stride]) : A(0);
   }
 
   const Weight w_;
   const W* b_;
-  int64_t n_, k_;
+  int64_t n_, k_, width_;
   Way way_;
 };
 
@@ -90,10 +89,13 @@ template <class A> void widen(DType dtype, const void* from, int64_t offset, A* 
     if constexpr (std::is_same_v<acc_t<T>, A>) tile<T>().widen(static_cast<const T*>(from) + offset, to, count);
   });
 }
-template <class A> void narrow(DType dtype, const A* from, void* to, int64_t offset, int64_t count) {
+template <class A>
+void narrow(DType dtype, const A* from, int64_t from_stride, void* to, int64_t offset, int64_t to_stride, int64_t rows,
+            int64_t n) {
   visit_dtype(dtype, [&](auto tag) {
     using T = decltype(tag);
-    if constexpr (std::is_same_v<acc_t<T>, A>) tile<T>().narrow(from, static_cast<T*>(to) + offset, count);
+    if constexpr (std::is_same_v<acc_t<T>, A>)
+      tile<T>().narrow(from, from_stride, static_cast<T*>(to) + offset, to_stride, rows, n);
   });
 }
 template <class A> bool is_acc(DType dtype) { return dtype == (sizeof(A) == 8 ? DType::f64 : DType::f32); }

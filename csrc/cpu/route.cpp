@@ -146,15 +146,18 @@ template <class T> void route_token_backward(const RouteBackwardArgs& args, int6
   T* grad = static_cast<T*>(args.grad_logits) + t * args.E;
   const int32_t* ids = args.topk_ids + t * args.K;
   const A* grad_weights = args.grad_weights ? static_cast<const A*>(args.grad_weights) + t * args.K : nullptr;
+  const A* weights = static_cast<const A*>(args.topk_weights) + t * args.K;
   std::fill_n(w.choice, args.E, A(0));  // d score, then d logit
   if (ids[0] >= 0 && clean_logits(row, args.E, args.rule.logit_softcap, w.logits)) {
     score(args.rule.scoring, w.logits, args.E, w.scores);
     A sum = A(args.rule.renormalize_eps), dot = 0, mean = 0;
     for (int64_t k = 0; k < args.K && grad_weights; ++k) {
+      if (weights[k] == 0) continue;
       sum += w.scores[ids[k]];
       dot += grad_weights[k] * w.scores[ids[k]];
     }
     for (int64_t k = 0; k < args.K && grad_weights; ++k) {
+      if (weights[k] == 0) continue;
       const A g = A(args.rule.scale) * grad_weights[k];
       A& d = w.choice[ids[k]];
       if (!args.rule.renormalize) d = g;
@@ -174,7 +177,7 @@ template <class T> void route_token_backward(const RouteBackwardArgs& args, int6
       if (!std::isfinite(A(row[e]))) d = 0;
     }
   }
-  tile<T>().narrow(w.choice, grad, args.E);
+  tile<T>().narrow(w.choice, 0, grad, 0, 1, args.E);
 }
 
 template <class Args, class F> void for_tokens(const Args& args, const Workers& workers, F&& f) {

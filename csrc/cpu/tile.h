@@ -17,11 +17,11 @@ template <class A> struct Left {
   bool by_column = false;
 };
 
-/// c[m][n] = or += sum over k of left(m, k) * b(n, k), n <= 32. c has room for 32 columns.
+/// c[m][n] = or += sum over k of left(m, k) * b(n, k). An outer product takes n = 32 or 64.
 template <class T> struct ProductArgs {
   Left<acc_t<T>> left;
   const T* b;
-  int64_t b_stride;  // dot: between n, k is contiguous. outer: between k, 32 values of n are contiguous
+  int64_t b_stride;  // dot: between n, k is contiguous. outer: between k, n is contiguous
   acc_t<T>* c;
   int64_t c_stride, m, n, k;
   bool accumulate;
@@ -33,8 +33,10 @@ template <class T> struct Tile {
   void (*outer)(const ProductArgs<T>&);
   void (*transpose)(const T* b, int64_t b_stride, int64_t n, int64_t k,
                     A* panel);  // rows n -> panel [k][32], zero padded
+  /// panel[k][0 .. width) = row k of b, n values and then zeros; rows stand b_stride apart, or where index says.
+  void (*gather)(const T* b, int64_t b_stride, const int32_t* index, int64_t n, int64_t k, A* panel, int64_t width);
   void (*widen)(const T*, A*, int64_t count);
-  void (*narrow)(const A*, T*, int64_t count);
+  void (*narrow)(const A* from, int64_t from_stride, T* to, int64_t to_stride, int64_t rows, int64_t n);
 };
 
 struct ActivationRule {

@@ -244,19 +244,43 @@ template <class T> void transpose(const T* b, int64_t b_stride, int64_t n, int64
   }
 }
 
+// ---- gather: short pieces of rows that are far apart are beyond the hardware prefetcher
+template <class T>
+void gather(const T* b, int64_t b_stride, const int32_t* index, int64_t n, int64_t k, acc_t<T>* panel, int64_t width) {
+  using A = acc_t<T>;
+  constexpr int L = VecOf<A>::lanes;
+  constexpr int64_t kRowsAhead = 16, kLine = 64 / sizeof(T);
+  const auto row = [&](int64_t i) { return b + (index ? int64_t(index[i]) : i) * b_stride; };
+  for (int64_t i = 0; i < k; ++i) {
+    const T *from = row(i), *ahead = row(i + kRowsAhead < k ? i + kRowsAhead : k - 1);
+    A* to = panel + i * width;
+    for (int64_t j = 0; j < n; j += kLine) __builtin_prefetch(ahead + j);
+    int64_t j = 0;
+    for (; j + L <= n; j += L) store(to + j, load(from + j));
+    for (; j < width; ++j) to[j] = j < n ? A(from[j]) : A(0);
+  }
+}
+
 template <class T> void widen(const T* from, acc_t<T>* to, int64_t count) {
   constexpr int L = VecOf<acc_t<T>>::lanes;
   int64_t i = 0;
   for (; i + L <= count; i += L) store(to + i, load(from + i));
   for (; i < count; ++i) to[i] = acc_t<T>(from[i]);
 }
-template <class T> void narrow(const acc_t<T>* from, T* to, int64_t count) {
+template <class T> void narrow_row(const acc_t<T>* from, T* to, int64_t count) {
   constexpr int L = VecOf<acc_t<T>>::lanes;
   int64_t i = 0;
   for (; i + L <= count; i += L) store(to + i, load(from + i));
   for (; i < count; ++i) to[i] = T(from[i]);
 }
 
-template <class T> constexpr Tile<T> make_tile() { return {dot<T>, outer<T>, transpose<T>, widen<T>, narrow<T>}; }
+template <class T>
+void narrow(const acc_t<T>* from, int64_t from_stride, T* to, int64_t to_stride, int64_t rows, int64_t n) {
+  for (int64_t r = 0; r < rows; ++r) narrow_row(from + r * from_stride, to + r * to_stride, n);
+}
+
+template <class T> constexpr Tile<T> make_tile() {
+  return {dot<T>, outer<T>, transpose<T>, gather<T>, widen<T>, narrow<T>};
+}
 
 }  // namespace moe::cpu::MOE_ISA

@@ -31,7 +31,7 @@ template <class T> void unpermute_token(const UnpermuteArgs& args, int64_t t) {
       math<A>().axpy(weights ? weights[slot] : A(1), as_acc<T>(args.rows, row * args.rows_stride + h, n, buffer), sum,
                      n);
     }
-    tile<T>().narrow(sum, static_cast<T*>(args.y) + t * args.H + h, n);
+    tile<T>().narrow(sum, 0, static_cast<T*>(args.y) + t * args.H + h, 0, 1, n);
   }
 }
 
@@ -48,7 +48,7 @@ template <class T> void grad_rows_columns(const UnpermuteBackwardArgs& args, int
     tile<T>().widen(grad_rows + row * args.H, sum, n);
     math<A>().axpy(static_cast<const A*>(args.topk_weights)[slot],
                    as_acc<T>(args.grad_y, slot / args.K * args.grad_y_stride + h, n, buffer), sum, n);
-    tile<T>().narrow(sum, grad_rows + row * args.H, n);
+    tile<T>().narrow(sum, 0, grad_rows + row * args.H, 0, 1, n);
   }
 }
 
