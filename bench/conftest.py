@@ -23,7 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 ROWS = pytest.StashKey[list[tuple[str, ...]]]()
-HEAD = ("benchmark", "ours ms", "peer ms", "faster", "of roofline", "peer")
+HEAD = ("benchmark", "ours ms", "peer ms", "faster", "of torch's limit", "peer")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
