@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What this machine does in this very run: bytes read per second and multiply-adds per second.
 
-Stand-ins made of torch calls: the sum over a buffer that no cache holds, and one large matmul. They are not the true limit:
-a sum reads slower than eight streams at once, so a share above 100 % is possible. They drift with the
+Stand-ins made of torch calls: the sum over a buffer that no cache holds, and one large matmul. They are not the true
+limit: a sum reads slower than eight streams at once, so a share above 100 % is possible. They drift with the
 neighbours of a shared machine, so they are measured beside the figures they are compared with, never taken from a file.
 """
 
