@@ -84,6 +84,12 @@ def test_many_rows_an_expert(backend, dtype):
     compare(backend, make_case(150, 70, 100, 2, 2, dtype=dtype, seed=3))
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_more_rows_than_any_block(backend, transposed):
+    """2500 tokens on both experts: past the blocks of rows (480), of a weight gradient (1024), of tokens (2048)."""
+    compare(backend, make_case(2500, 40, 21, 2, 2, dtype=torch.float64, transposed=transposed, seed=4))
+
+
 def test_no_tokens(backend):
     for K in (1, 2):
         got = run(backend, make_case(0, 12, 37, 3, K, bias=True))

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // fused_experts: the whole expert MLP. 1. first product and activation, a task an (expert, 32 hidden units): rows of x
-// are read through the index, no gathered copy. 2. second product and combine, a task 32 output columns. Reads each
-// weight of the experts hit once; keeps S*I activations and, for the backward, the first product.
+// are read through the index, no gathered copy. 2. second product and combine, a task 32 or 64 output columns. Reads
+// each weight of the experts hit once; keeps S*I activations and, for the backward, the first product.
 #include "expert_mlp.h"
 
 namespace moe::cpu {
