@@ -8,6 +8,7 @@ _build.load()
 
 from . import hf as _hf  # noqa: E402  the ops come after the library that implements them
 from . import reference  # noqa: E402
+from .explain import Explanation, explain  # noqa: E402
 from .ops import (  # noqa: E402
     PackedExperts,
     Permuted,
@@ -23,10 +24,12 @@ from .ops import (  # noqa: E402
 _hf.install_hook()
 
 __all__ = [
+    "Explanation",
     "PackedExperts",
     "Permuted",
     "Routing",
     "__version__",
+    "explain",
     "fused_experts",
     "grouped_gemm",
     "pack_experts",

@@ -3,9 +3,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "../cpu/choice.h"
 #include "../cpu/isa.h"
 
 namespace py = pybind11;
@@ -19,6 +22,20 @@ std::vector<std::string> isa_levels() {
   return names;
 }
 
+/// How one panel of a product runs: the ways that refuse it and why, the way taken, its columns, and its depth (0:
+/// all). columns: at most so many at a time; 0 lets the layout say.
+py::tuple panel_way(int64_t row_stride, int64_t col_stride, bool padded, int64_t bytes, int64_t n, int64_t rows,
+                    int64_t columns) {
+  const int64_t acc_bytes = bytes == 8 ? 8 : 4;
+  if (columns == 0) columns = panel_columns({nullptr, 0, row_stride, col_stride, 0, padded});
+  const PanelCase panel{row_stride, col_stride, padded, bytes == acc_bytes, std::min(n, columns), rows, false};
+  std::vector<std::pair<std::string, std::string>> refused;
+  const WayRow* way = kWays;
+  for (; way->refusal(panel) != nullptr; ++way) refused.emplace_back(way->name, way->refusal(panel));
+  const int64_t depth = way->way == Way::packed ? depth_block(acc_bytes, panel.width()) : 0;
+  return py::make_tuple(refused, way->name, panel.width(), depth);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
@@ -27,4 +44,8 @@ PYBIND11_MODULE(_host, m) {
       "active_isa", [] { return isa_name(active_isa()); },
       "The level in use; RuntimeError if MOE_KERNELS_ISA is no level.");
   m.def("isa_levels", &isa_levels, "The levels that this processor has, lowest first.");
+  m.attr("token_block") = kTokenBlock;
+  m.def("panel_way", &panel_way, "(refused, way, columns, depth) of a product with a weight of these strides.",
+        py::arg("row_stride"), py::arg("col_stride"), py::arg("padded"), py::arg("bytes"), py::arg("n"),
+        py::arg("rows"), py::arg("columns"));
 }

@@ -7,7 +7,6 @@
 namespace moe::cpu {
 
 constexpr int64_t kPair = 2 * kPanel;  // gate columns, then up columns
-constexpr int64_t kTokenBlock = 2048;  // tokens whose output columns one worker sums at a time
 
 inline int64_t rows13(const ExpertMlp& p) { return p.gated ? 2 * p.I : p.I; }
 inline ActivationRule rule_of(const ExpertMlp& p) { return {p.activation, p.limit, p.alpha}; }

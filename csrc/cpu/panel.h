@@ -1,20 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 // One panel (up to 32 output columns, or 64) of an expert's weight, and the product of rows with it. The way is chosen
-// by layout and by the number of rows: few rows read the weight where it lies, many rows pay for a packed float copy
-// first. A long contraction goes in blocks, each packed just before it is used, so that the copy is still in the
-// second-level cache.
+// by layout and by the number of rows (choice.h): few rows read the weight where it lies, many rows pay for a packed
+// float copy first. A long contraction goes in blocks, each packed just before it is used, so that the copy is still in
+// the second-level cache.
 #pragma once
+#include "choice.h"
 #include "parallel.h"
 #include "tile.h"
 
 namespace moe::cpu {
 
-constexpr int64_t kDotRows = 20;     // from here on a transposed copy is cheaper than sums across lanes
-constexpr int64_t kDirectRows = 16;  // from here on a contiguous copy is cheaper than strided reads
-constexpr int64_t kRowBlock = 480;   // rows of a product kept in cache (a multiple of the 12-row tile)
+constexpr int64_t kRowBlock = 480;  // rows of a product kept in cache (a multiple of the 12-row tile)
 
-/// Contracted elements in a block: 128 KiB of packed panel.
-template <class A> constexpr int64_t kDepthBlock = 4096 / sizeof(A);
+template <class A> constexpr int64_t kDepthBlock = depth_block(sizeof(A), kPanel);
 template <class A> constexpr int64_t kPackedSize = kDepthBlock<A> * kPanel;
 
 /// Calls f(first, count) for the rows [begin, end), cut at the multiples of kRowBlock.
@@ -25,10 +23,6 @@ template <class F> void for_row_blocks(int64_t begin, int64_t end, F&& f) {
   }
 }
 
-/// Columns to take at a time: a weight that runs along its columns costs a page of address translation a row, so take
-/// more.
-inline int64_t panel_columns(const Weight& w) { return w.row_stride == 1 && !w.padded ? 2 * kPanel : kPanel; }
-
 template <class W> class Panel {
  public:
   using A = acc_t<W>;
@@ -37,15 +31,12 @@ template <class W> class Panel {
   /// panel_columns(w). A left operand that runs by column cannot be dotted.
   Panel(const Weight& w, int64_t e, int64_t index, int64_t n, int64_t k, int64_t rows, bool by_column = false)
       : w_(w), b_(static_cast<const W*>(w.data) + e * w.expert_stride + index * w.panel_stride), n_(n), k_(k) {
-    const bool one_read = rows < kDirectRows || (w.padded && std::is_same_v<W, A>);
-    width_ = n > kPanel ? 2 * kPanel : kPanel;
-    if (w.col_stride == 1 && rows < kDotRows && !by_column) way_ = Way::dot;
-    else if (w.row_stride == 1 && (n == width_ || w.padded) && one_read) way_ = Way::direct;
-    else way_ = Way::packed;
+    const PanelCase panel{w.row_stride, w.col_stride, w.padded, std::is_same_v<W, A>, n, rows, by_column};
+    width_ = panel.width(), way_ = way_of(panel);
   }
 
   /// Contracted elements to take at a time.
-  int64_t step() const { return way_ == Way::packed ? kDepthBlock<A> * kPanel / width_ : std::max<int64_t>(k_, 1); }
+  int64_t step() const { return way_ == Way::packed ? depth_block(sizeof(A), width_) : std::max<int64_t>(k_, 1); }
 
   /// c[rows][0 .. n) = left * panel; c has room for 32 or 64 columns. packed holds kPackedSize values.
   void product(const Left<A>& left, int64_t rows, A* c, int64_t c_stride, A* packed) const {
@@ -65,8 +56,6 @@ template <class W> class Panel {
   }
 
  private:
-  enum class Way { dot, direct, packed };
-
   void pack(const W* b, int64_t depth, A* packed) const {
     if (w_.col_stride == 1) return tile<W>().transpose(b, w_.row_stride, n_, depth, packed);
     if (w_.padded) return tile<W>().widen(b, packed, depth * kPanel);
