@@ -7,8 +7,10 @@ from ._version import __version__
 _build.load()
 
 from . import hf as _hf  # noqa: E402  the ops come after the library that implements them
-from . import reference  # noqa: E402
+from . import losses, presets, reference, routers  # noqa: E402
+from .capacity import Capacity, limit_capacity  # noqa: E402
 from .explain import Explanation, explain  # noqa: E402
+from .layers import MoELayer  # noqa: E402
 from .ops import (  # noqa: E402
     PackedExperts,
     Permuted,
@@ -20,21 +22,29 @@ from .ops import (  # noqa: E402
     route,
     unpermute,
 )
+from .routers import Router  # noqa: E402
 
 _hf.install_hook()
 
 __all__ = [
+    "Capacity",
     "Explanation",
+    "MoELayer",
     "PackedExperts",
     "Permuted",
+    "Router",
     "Routing",
     "__version__",
     "explain",
     "fused_experts",
     "grouped_gemm",
+    "limit_capacity",
+    "losses",
     "pack_experts",
     "permute",
+    "presets",
     "reference",
     "route",
+    "routers",
     "unpermute",
 ]
