@@ -10,6 +10,7 @@ from . import hf as _hf  # noqa: E402  the ops come after the library that imple
 from . import losses, presets, reference, routers  # noqa: E402
 from .capacity import Capacity, limit_capacity  # noqa: E402
 from .explain import Explanation, explain  # noqa: E402
+from .hf import ReplaceReport, replace, restore  # noqa: E402
 from .layers import MoELayer  # noqa: E402
 from .ops import (  # noqa: E402
     PackedExperts,
@@ -32,6 +33,7 @@ __all__ = [
     "MoELayer",
     "PackedExperts",
     "Permuted",
+    "ReplaceReport",
     "Router",
     "Routing",
     "__version__",
@@ -44,6 +46,8 @@ __all__ = [
     "permute",
     "presets",
     "reference",
+    "replace",
+    "restore",
     "route",
     "routers",
     "unpermute",

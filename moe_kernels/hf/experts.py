@@ -45,7 +45,7 @@ def experts_forward(
 
     Errors: TypeError for quantised weights, ValueError for weights that are only a shard of the experts.
     """
-    w13, w13_bias, w2, w2_bias = _weights(module)
+    w13, w13_bias, w2, w2_bias = local_weights(module)
     gate = fused_gate(module)
     x = hidden_states.to(w13.dtype)
     if gate is None or w2.dtype != w13.dtype:
@@ -105,7 +105,7 @@ def _flag(module: Any, name: str, default: bool) -> bool:
     return bool(getattr(module, name, default))
 
 
-def _weights(module: Any) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
+def local_weights(module: Any) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
     """w13, its bias, w2, its bias: plain local floating tensors that hold every expert of the module, or an error."""
     up = "gate_up_proj" if _flag(module, "has_gate", True) else "up_proj"
     w13, w2 = _local(module, up), _local(module, "down_proj")
