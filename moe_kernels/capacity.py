@@ -13,11 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import check, reference
+from . import check
 from .routers import changed
 
 ROUNDINGS = ("ceil", "floor", "round")
 DROP_POLICIES = ("position",)
+_LIMIT_CAPACITY = torch.ops.moe_kernels.limit_capacity.default
 
 
 @dataclass(frozen=True, repr=False)
@@ -80,4 +81,26 @@ class Capacity:
 
 
 def limit_capacity(topk_ids: Tensor, num_experts: int, capacity: int, *, group_size: int | None = None) -> Tensor:
-    return reference.limit_capacity(topk_ids, num_experts, capacity, group_size=group_size)
+    """Which slots exceed the capacity of their expert, by the policy "position".
+
+    Args:
+        topk_ids: int32 or int64 [T, K]; an id outside [0, E) is absent, takes no place and is never dropped.
+        num_experts: E.
+        capacity: slots that an expert takes of every group.
+        group_size: so many tokens in a row make a group, the last may be shorter; None: all tokens are one.
+    Returns:
+        dropped: bool [T, K]. A group's first choices come in token order, then its second choices, and so on; an expert
+        keeps the first `capacity` of them.
+
+    Errors: TypeError, ValueError. With MOE_KERNELS_DEBUG=1 ids outside -1..E-1 raise ValueError.
+    Determinism: bitwise. Source: GShard (arXiv 2006.16668), algorithm 1; Switch Transformers.
+    """
+    check.tensor("limit_capacity", "topk_ids", topk_ids, check.IDS, [("T", None), ("K", None)])
+    check.count("limit_capacity", "num_experts", num_experts, 1)
+    check.count("limit_capacity", "capacity", capacity, 1)
+    if group_size is not None:
+        check.count("limit_capacity", "group_size", group_size, 1)
+    if check.checked():
+        check.values("limit_capacity", "topk_ids", topk_ids, -1, num_experts, "an expert, or -1 for none")
+    size = torch.sym_max(topk_ids.shape[0], 1) if group_size is None else group_size
+    return _LIMIT_CAPACITY(topk_ids, num_experts, capacity, size)  # type: ignore[no-any-return]

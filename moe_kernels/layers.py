@@ -172,7 +172,8 @@ class MoELayer(nn.Module):
         """The MoE layer that a Hugging Face config describes. layer_idx: which one, where layers differ."""
         from .hf.config import layer_kwargs
 
-        return cls(**layer_kwargs(hf_config, layer_idx), device=device, dtype=dtype)
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
+        return cls(**layer_kwargs(hf_config, layer_idx, **place), **place)
 
     def reset_parameters(self) -> None:
         """Draws all parameters anew; biases become 0. Modules that were passed in do so themselves.
@@ -183,8 +184,10 @@ class MoELayer(nn.Module):
         for module in self.children():
             if isinstance(module, nn.Linear):
                 draw(module, self.init)
-            elif hasattr(module, "reset_parameters"):
+            elif isinstance(module, (Gate, Experts, SharedExperts)):
                 module.reset_parameters(self.init)
+            elif (reset := getattr(module, "reset_parameters", None)) is not None:
+                reset()
 
     def forward(self, x: Tensor, *, padding_mask: Tensor | None = None, token_ids: Tensor | None = None) -> Tensor:
         """x floating [..., H], padding_mask bool [...] (True for a token), token_ids int [...] -> y [..., H].

@@ -190,7 +190,7 @@ class Gate(nn.Module):
         options = self.settings.options() | {"num_expert_group": None, "topk_group": None}
         routing = ops.route(logits.gather(1, ids), self.top_k, **options)
         weights = torch.zeros_like(routing.topk_weights).scatter(1, routing.topk_ids.long(), routing.topk_weights)
-        return _routing(weights, ids, padding_mask, self.num_experts)
+        return as_routing(weights, ids, padding_mask, self.num_experts)
 
     def _custom(self, x: Tensor, logits: Tensor, padding_mask: Tensor | None) -> Routing:
         assert self.router_fn is not None
@@ -203,10 +203,10 @@ class Gate(nn.Module):
         check.tensor(name, "topk_ids", found[1], check.IDS, sizes, x.device)
         if check.checked():
             check.values(name, "topk_ids", found[1], -1, self.num_experts, "an expert, or -1 for none")
-        return _routing(found[0], found[1], padding_mask, self.num_experts)
+        return as_routing(found[0], found[1], padding_mask, self.num_experts)
 
 
-def _routing(weights: Tensor, ids: Tensor, padding_mask: Tensor | None, num_experts: int) -> Routing:
+def as_routing(weights: Tensor, ids: Tensor, padding_mask: Tensor | None, num_experts: int) -> Routing:
     """A Routing from weights and ids that `route` did not choose: masked, counted."""
     present = (ids >= 0) & (ids < num_experts)
     if padding_mask is not None:
