@@ -7,7 +7,7 @@ from ._version import __version__
 _build.load()
 
 from . import hf as _hf  # noqa: E402  the ops come after the library that implements them
-from . import losses, presets, reference, routers  # noqa: E402
+from . import interop, losses, presets, reference, routers  # noqa: E402
 from .capacity import Capacity, limit_capacity  # noqa: E402
 from .explain import Explanation, explain  # noqa: E402
 from .hf import ReplaceReport, replace, restore  # noqa: E402
@@ -40,6 +40,7 @@ __all__ = [
     "explain",
     "fused_experts",
     "grouped_gemm",
+    "interop",
     "limit_capacity",
     "losses",
     "pack_experts",
