@@ -104,7 +104,8 @@ class MoELayer(nn.Module):
         shared_experts: a module x [T, H] -> y [T, H], in place of `SharedExperts`.
         capacity: a `Capacity`, a factor, or None: no token is dropped.
         losses: of `moe_kernels.losses`, or their names, or any callable LossInputs -> 0-d tensor.
-        attach_losses: the output carries the gradient of aux_loss, with weight 1, without a change of its value.
+        attach_losses: the backward of the output adds the gradient of aux_loss, with weight 1 whatever the output's own
+            gradient is (so not under a loss scaler); its value does not change.
         init: the rule of `reset_parameters`.
     Attributes after a forward:
         aux_loss: 0-d tensor with gradient, the sum of the losses, 0 without any. Add it to your loss.
@@ -144,7 +145,11 @@ class MoELayer(nn.Module):
         if shared_gate and shared_experts is None:
             check.refuse("MoELayer", "shared_gate", "False without shared experts", "True")
         self.hidden_size, self.init, self.attach_losses = hidden_size, init, attach_losses
-        self.capacity = Capacity(capacity) if isinstance(capacity, (int, float)) else capacity
+        if isinstance(capacity, (int, float)) and not isinstance(capacity, bool):
+            capacity = Capacity(capacity)
+        if capacity is not None and not isinstance(capacity, Capacity):
+            check.refuse("MoELayer", "capacity", "a Capacity, a factor or None", check.got(capacity), TypeError)
+        self.capacity = capacity
         self.losses = resolve("MoELayer", losses)
         if not isinstance(router, Gate):
             router = Gate(hidden_size, num_experts, top_k, router, **place)
@@ -199,14 +204,15 @@ class MoELayer(nn.Module):
         length = x.shape[-2] if x.dim() >= 3 else None
         aux = self._aux_loss(LossInputs(logits, chosen, self.router.settings, length, mask))
         routing = chosen if self.capacity is None else self._limit(chosen, length)
-        y = self.experts(rows, routing.topk_weights, routing.topk_ids, self.router.settings.weight_on_input)
+        weights = routing.topk_weights
+        if self.attach_losses:
+            weights = _Attach.apply(weights, aux)  # type: ignore[no-untyped-call]
+        y = self.experts(rows, weights, routing.topk_ids, self.router.settings.weight_on_input)
         if self.shared_experts is not None:
             shared = self.shared_experts(rows)
             if self.shared_expert_gate is not None:
                 shared = torch.sigmoid(self.shared_expert_gate(rows)) * shared
             y = y + shared
-        if self.attach_losses:
-            y = _Attach.apply(y, aux)  # type: ignore[no-untyped-call]
         if not torch.compiler.is_exporting():  # an exported graph has no side effects
             self.aux_loss = aux
             self.last_routing = Routing._make(None if t is None else t.detach() for t in routing)
@@ -243,7 +249,7 @@ class MoELayer(nn.Module):
             check.refuse("MoELayer", "x", 'at least 3-D with capacity.group="sequence"', "2-D")
         tokens: Any = T if rule.group == "batch" else length if rule.group == "sequence" else rule.group
         slots = rule.slots(tokens, K, E, self.training)
-        dropped = limit_capacity(routing.topk_ids, E, slots, group_size=tokens)
+        dropped = limit_capacity(routing.topk_ids, E, slots, group_size=torch.sym_max(tokens, 1))
         ids, weights = torch.where(dropped, -1, routing.topk_ids), torch.where(dropped, 0.0, routing.topk_weights)
         if rule.renormalize_after_drop:
             kept, whole = weights.sum(-1, keepdim=True), routing.topk_weights.sum(-1, keepdim=True)
@@ -260,13 +266,13 @@ class MoELayer(nn.Module):
 
 
 class _Attach(torch.autograd.Function):
-    """y, with a gradient of 1 for aux."""
+    """topk_weights, with a gradient of 1 for aux: whatever pulls on the layer's output pulls on its losses too."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, aux: Tensor) -> Tensor:
-        ctx.like = aux
-        return y.view_as(y)
+    def forward(ctx: Any, topk_weights: Tensor, aux: Tensor) -> Tensor:
+        ctx.dtype = aux.dtype
+        return topk_weights.view_as(topk_weights)
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor]:
-        return grad_y, torch.ones_like(ctx.like)
+    def backward(ctx: Any, grad_weights: Tensor) -> tuple[Tensor, Tensor]:
+        return grad_weights, grad_weights.new_ones((), dtype=ctx.dtype)

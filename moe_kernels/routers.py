@@ -148,7 +148,7 @@ class Gate(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         moved = self.e_score_correction_bias
         if kept is not None and moved is not None and moved.dtype.itemsize < 4:  # updates of 0.001 need float32
-            self.e_score_correction_bias = moved.float() if moved.is_meta or kept.is_meta else kept.to(moved.device)
+            self.e_score_correction_bias = (moved if kept.is_meta else kept.to(moved.device)).float()
         return self
 
     def extra_repr(self) -> str:
