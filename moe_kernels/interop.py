@@ -53,7 +53,7 @@ def from_dlpack(array: Any, *, copy: bool | None = None) -> Tensor:
     bits = str(getattr(array, "dtype", "")) == "bfloat16" and hasattr(array, "view")
     source = array.view("int16") if bits else array  # NumPy exports no bfloat16, but its bits
     try:
-        tensor = torch.from_dlpack(source)  # asks CuPy to make torch's current stream wait for its own
+        tensor = torch.utils.dlpack.from_dlpack(source)  # asks CuPy to make torch's current stream wait for its own
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
         dtype = getattr(array, "dtype", type(array).__name__)
         raise TypeError(f"from_dlpack: array of {dtype} cannot become a tensor: {error}") from error
