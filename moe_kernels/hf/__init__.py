@@ -16,7 +16,7 @@ from .hook import (
     is_registered,
     register,
 )
-from .replace import Entry, ReplaceReport, replace, restore
+from .replace import Entry, ReplaceReport, replace, restore, survey
 
 __all__ = [
     "FP8_MODULE",
@@ -36,4 +36,5 @@ __all__ = [
     "register",
     "replace",
     "restore",
+    "survey",
 ]

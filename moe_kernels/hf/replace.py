@@ -204,6 +204,15 @@ def _block(name: str, module: Any, cls: type, adapter: Adapter) -> _Layer:
     return _Layer(module, entry, adapter, options)
 
 
+def survey(model: nn.Module) -> ReplaceReport:
+    """What `replace` would take of a model and what not. Nothing is changed."""
+    return _report(list(_layers(model)))
+
+
+def _report(layers: list[_Layer]) -> ReplaceReport:
+    return ReplaceReport([x.entry for x in layers if x.entry.how], [x.entry for x in layers if x.entry.reason])
+
+
 # ---- what is done
 
 
@@ -234,7 +243,7 @@ def replace(model: nn.Module, *, strict: bool = False) -> ReplaceReport:
     if not isinstance(model, nn.Module):
         raise TypeError(f"replace: model must be a torch.nn.Module, got {type(model).__name__}")
     layers = list(_layers(model))
-    report = ReplaceReport([x.entry for x in layers if x.entry.how], [x.entry for x in layers if x.entry.reason])
+    report = _report(layers)
     if strict and not report.ok:
         raise ValueError(f"replace(strict=True) has changed nothing:\n{report}")
     taken = [layer for layer in layers if layer.entry.how]
