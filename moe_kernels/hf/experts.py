@@ -20,12 +20,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn import Parameter
 
 from .. import ops
 
 MOE_MODULE = "transformers.integrations.moe"
 GPT_OSS_MODULE = "transformers.models.gpt_oss.modeling_gpt_oss"
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
 
 # ---- the experts function ------------------------------------------------------------------------------------------
 
@@ -47,7 +48,8 @@ def experts_forward(
     """
     w13, w13_bias, w2, w2_bias = local_weights(module)
     gate = fused_gate(module)
-    x = hidden_states.to(w13.dtype)
+    dtype = hidden_states.dtype
+    x = hidden_states if dtype == w13.dtype else hidden_states.to(w13.dtype)
     if gate is None or w2.dtype != w13.dtype:
         y = _unfused(module, x, w13, w13_bias, w2, w2_bias, top_k_index, top_k_weights)
     else:
@@ -67,7 +69,7 @@ def experts_forward(
             swiglu_limit=limit,
             swiglu_alpha=alpha,
         )
-    return y.to(hidden_states.dtype)
+    return y if y.dtype == dtype else y.to(dtype)
 
 
 def _unfused(
@@ -109,20 +111,25 @@ def local_weights(module: Any) -> tuple[torch.Tensor, torch.Tensor | None, torch
     """w13, its bias, w2, its bias: plain local floating tensors that hold every expert of the module, or an error."""
     up = "gate_up_proj" if _flag(module, "has_gate", True) else "up_proj"
     w13, w2 = _local(module, up), _local(module, "down_proj")
-    num_experts = getattr(module, "num_experts", w13.shape[0])
-    if w13.shape[0] != num_experts or w2.shape[0] != num_experts:
+    held, num_experts = w13.shape[0], getattr(module, "num_experts", None)
+    if held != w2.shape[0] or num_experts not in (None, held):
         raise ValueError(
             f"moe_kernels: {type(module).__name__} has num_experts={num_experts}, but the local weights hold "
-            f"{w13.shape[0]} ({up}) and {w2.shape[0]} (down_proj) experts: gather a sharded layer before its forward, "
+            f"{held} ({up}) and {w2.shape[0]} (down_proj) experts: gather a sharded layer before its forward, "
             "or set num_experts to the local count as expert parallelism does"
         )
     if not _flag(module, "has_bias", False):
         return w13, None, w2, None
-    return w13, _local(module, f"{up}_bias").to(w13.dtype), w2, _local(module, "down_proj_bias").to(w2.dtype)
+    b13, b2 = _local(module, f"{up}_bias"), _local(module, "down_proj_bias")
+    if b13.dtype != w13.dtype or b2.dtype != w2.dtype:
+        b13, b2 = b13.to(w13.dtype), b2.to(w2.dtype)
+    return w13, b13, w2, b2
 
 
 def _local(module: Any, name: str) -> torch.Tensor:
     weight = getattr(module, name, None)
+    if type(weight) is Parameter and weight.dtype in _DTYPES:
+        return weight
     if weight is None:
         raise TypeError(f"moe_kernels: {type(module).__name__} has no {name}; choose another experts_implementation")
     if hasattr(type(weight), "to_local"):  # a DTensor: kernels take this rank's part
