@@ -55,7 +55,7 @@ class LossInputs:
     def groups(self, scope: str) -> int:
         """B: how many groups of tokens the scope makes."""
         T, S = self.logits.shape[0], self.sequence_length
-        return T // S if scope == "sequence" and S else 1
+        return T // S if scope == "sequence" and S and T else 1
 
     def valid(self, scope: str) -> Tensor:
         """acc [B, 1] tokens of every group that are no padding, at least 1."""
