@@ -28,7 +28,8 @@ def changed(settings: Any) -> str:
     """A dataclass as a call with what is not its default."""
     pairs = [(f.name, getattr(settings, f.name)) for f in dataclasses.fields(settings) if f.repr]
     defaults = {f.name: f.default for f in dataclasses.fields(settings)}
-    shown = [(n, check.got(v) if isinstance(v, Tensor) else repr(v)) for n, v in pairs if v is not defaults[n]]
+    told = [(n, v) for n, v in pairs if isinstance(v, Tensor) or v != defaults[n]]
+    shown = [(n, check.got(v) if isinstance(v, Tensor) else repr(v)) for n, v in told]
     return f"{type(settings).__name__}({', '.join(f'{name}={value}' for name, value in shown)})"
 
 

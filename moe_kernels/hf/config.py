@@ -1,24 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """`MoELayer.from_config`: a Hugging Face config in, the arguments of a MoELayer out. `families` has the table.
 
-A config is one of transformers, or any object with model_type and the attributes of its config.json; a multimodal one
-is entered through its text config. The layer is the family's MoE block, with the shared experts even where the decoder
-layer adds them. What a block does besides, its row says in a note, and the caller has to do it.
+A config is one of transformers, the dict of a config.json, or an object with its attributes; a multimodal one is
+entered through its text config. The layer is the family's MoE block, with the shared experts even where the decoder
+layer adds them. What a block does besides is warned of.
 """
 
 from __future__ import annotations
 
 import warnings
+from os import PathLike
 from types import SimpleNamespace
 from typing import Any
 
 from ..layers import Experts
 from . import parts, readers
 from .families import FAMILIES, REFUSED, Family, Shared
-from .readers import NAME, first
+from .readers import NAME, maybe, read
 
-EXPERTS = ("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts")
-TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
 INNER = ("text_config", "thinker_config", "llm_config", "language_config")
 """where a multimodal config keeps the one of its text model"""
 
@@ -41,12 +40,12 @@ def layer_kwargs(
     c = _of_layer(top, layer)
     place = {"device": device, "dtype": dtype}
     arguments = {
-        "hidden_size": first(c, "hidden_size", "d_model"),
-        "intermediate_size": _at(first(c, family.width), 0),
-        "num_experts": _at(first(c, *EXPERTS), layer),
-        "top_k": family.top_k or _at(first(c, *TOP_K), layer),
+        "hidden_size": read(c, "hidden_size"),
+        "intermediate_size": _at(read(c, family.width), 0),
+        "num_experts": _at(read(c, "num_experts"), layer),
+        "top_k": family.top_k or _at(read(c, "num_experts_per_tok"), layer),
         "router": family.router(c),
-        "activation": readers.activation(first(c, family.activation) if family.activation else "silu", family.gated),
+        "activation": readers.activation(read(c, family.activation) if family.activation else "silu", family.gated),
         "gated": family.gated,
     }
     coef = getattr(c, "router_aux_loss_coef", None)
@@ -55,23 +54,29 @@ def layer_kwargs(
     if family.adapt is not None:
         family.adapt(c, layer, arguments, place)
     if family.noise and getattr(c, family.noise, None):
-        warnings.warn(
-            f"{NAME}: in training, {top.model_type} multiplies the input of the whole block by noise "
-            f"({family.noise}={getattr(c, family.noise)}); MoELayer does not: do it before the layer",
-            stacklevel=3,
-        )
+        noise = f"{family.noise}={getattr(c, family.noise)}"
+        _warn(f"in training, {top.model_type} multiplies the input of the whole block by noise ({noise})")
+    if family.rest:
+        _warn(f"the block of {top.model_type} also has {family.rest}")
     _set_shared(c, family.shared, arguments, place)
     _set_experts(arguments, place)
     return arguments
 
 
+def _warn(what: str) -> None:
+    warnings.warn(f"{NAME}: {what}; MoELayer does not, and leaves that to its caller", stacklevel=4)
+
+
 def find(hf_config: Any) -> tuple[Any, Family]:
     """The config that describes the MoE layers, hf_config or one inside it, and its row of the table.
 
-    Errors: ValueError.
+    Errors: ValueError; TypeError for what is no config.
     """
+    if isinstance(hf_config, (str, PathLike)) or not (isinstance(hf_config, dict) or hasattr(hf_config, "__dict__")):
+        raise TypeError(f"{NAME}: hf_config must be a config or the dict of a config.json, got {hf_config!r}")
     c, seen = hf_config, []
     while c is not None:
+        c = SimpleNamespace(**c) if isinstance(c, dict) else c
         kind = getattr(c, "model_type", None)
         if kind in FAMILIES:
             return c, FAMILIES[kind]
@@ -79,10 +84,8 @@ def find(hf_config: Any) -> tuple[Any, Family]:
             raise ValueError(f"{NAME}: {kind} cannot be a MoELayer: {REFUSED[kind]}")
         seen.append(c)
         c = next((inner for name in INNER if (inner := getattr(c, name, None)) is not None), None)
-        if isinstance(c, dict):
-            c = SimpleNamespace(**c)
     kinds = " in ".join(repr(getattr(c, "model_type", None) or type(c).__name__) for c in reversed(seen))
-    if not any("expert" in name for c in seen for name in vars(c)):
+    if not any("expert" in name and name[0] != "_" for c in seen for name in vars(c)):
         raise ValueError(f"{NAME}: {kinds} is no Mixture of Experts: its config names no experts")
     raise ValueError(
         f"{NAME}: the model_type {kinds} is not in the table; it knows {', '.join(sorted(FAMILIES))}. "
@@ -94,7 +97,8 @@ def moe_layer(c: Any, family: Family, layer_idx: int | None) -> int:
     """layer_idx, or the first MoE layer. Errors: ValueError, TypeError."""
     if not any(_experts_of(c)):
         raise ValueError(f"{NAME}: this {c.model_type} config is no Mixture of Experts: it has no experts")
-    depth = first(c, family.depth)
+    depth = read(c, family.depth)
+    depth = len(depth) if isinstance(depth, (list, tuple)) else depth
     sparse = [i for i in range(depth) if family.layers(c, i)]
     if not sparse:
         raise ValueError(f"{NAME}: this {c.model_type} config is no Mixture of Experts: all {depth} layers are dense")
@@ -113,8 +117,7 @@ def moe_layer(c: Any, family: Family, layer_idx: int | None) -> int:
 
 def _experts_of(c: Any) -> list[int]:
     """The numbers of experts that a config names, one or one a layer."""
-    c = _of_layer(c, None)
-    found = next((n for name in EXPERTS if (n := getattr(c, name, None)) is not None), None)
+    found = maybe(_of_layer(c, None), "num_experts")
     return list(found) if isinstance(found, (list, tuple)) else [found or 0]
 
 
@@ -142,8 +145,8 @@ def _set_shared(c: Any, shared: Shared | None, a: dict[str, Any], place: dict[st
     """The arguments of the shared experts, unless the family has set them."""
     if shared is None or "shared_experts" in a:
         return
-    count = 1 if shared.count is None else getattr(c, shared.count, None) or 0
-    width = count * _at(first(c, shared.width), 0)
+    count = 1 if shared.count is None else maybe(c, shared.count) or 0
+    width = count * _at(read(c, shared.width), 0)
     bias = bool(shared.bias and getattr(c, shared.bias, False))
     if width == 0:
         return

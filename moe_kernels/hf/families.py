@@ -12,7 +12,7 @@ from typing import Any
 
 from ..routers import SparseMixer
 from . import readers
-from .readers import Arguments, Config, after, first, sigmoid, softmax, stepped, typed
+from .readers import Arguments, Config, after, read, sigmoid, softmax, stepped, typed
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,16 @@ class Family:
     top_k: int | None = None
     """None: the config says it"""
     depth: str = "num_hidden_layers"
+    """the name of the number of decoder layers, or of a list of them"""
     noise: str | None = None
     """the name of a noise that training multiplies into the block's input"""
-    note: str = ""
-    """what the block does that is left to the caller"""
+    rest: str = ""
+    """what the block has besides the layer"""
 
 
 # ---- the table
 
 COUNTED = Shared(count="n_shared_experts")
-NUMBERED = Shared(count="num_shared_experts")
 ONE = Shared("shared_expert_intermediate_size")
 ONE_GATED = Shared("shared_expert_intermediate_size", gate=True)
 GRANITE = Shared("shared_intermediate_size")
@@ -65,14 +65,14 @@ MINIMAX = sigmoid(True, renormalize_eps=0.0, dtype="input")
 MISTRAL = readers.grouped_softmax
 
 FAMILIES: dict[str, Family] = {
-    "afmoe": Family(sigmoid(True, dtype="input"), after("num_dense_layers"), NUMBERED),
+    "afmoe": Family(sigmoid(True, dtype="input"), after("num_dense_layers"), COUNTED),
     "aria_text": Family(softmax(True), width=DENSE, activation=None, adapt=readers.aria),
-    "axk1": Family(V3, typed, COUNTED, note="post_mlp_layernorm on the block's output"),
+    "axk1": Family(V3, typed, COUNTED, rest="post_mlp_layernorm on its output"),
     "axk2": Family(V3, typed, COUNTED),
     "bailing_hybrid": Family(V3, typed, COUNTED),
     "beam": Family(V3, typed),
     "cohere2_moe": Family(
-        readers.cohere, typed, Shared(DENSE, "num_shared_experts"), DENSE, adapt=readers.cohere_average
+        readers.cohere, typed, Shared(DENSE, "n_shared_experts"), DENSE, adapt=readers.cohere_average
     ),
     "deepseek_ocr2_text": Family(readers.deepseek_v2, typed, Shared(count="n_shared_experts", bias="mlp_bias")),
     "deepseek_v2": Family(readers.deepseek_v2, FIRST_DENSE, Shared(count="n_shared_experts", bias="mlp_bias")),
@@ -83,14 +83,14 @@ FAMILIES: dict[str, Family] = {
     "dots1": Family(V3, FIRST_DENSE, COUNTED),
     "dots3_note_text": Family(V3, typed, Shared("shared_experts_intermediate_size", "n_shared_experts")),
     "dots3_note_vision_encoder": Family(sigmoid(True), typed),
-    "ernie4_5_moe": Family(ERNIE, readers.ernie, Shared(count="moe_num_shared_experts", bias="use_bias")),
+    "ernie4_5_moe": Family(ERNIE, readers.ernie, Shared(count="n_shared_experts", bias="use_bias")),
     "ernie4_5_vl_moe_text": Family(
         ERNIE,
         typed,
-        Shared(count="moe_num_shared_experts", bias="use_bias"),
-        note="the routed experts of image tokens: a second layer, of width moe_intermediate_size[1]",
+        Shared(count="n_shared_experts", bias="use_bias"),
+        rest="experts for image tokens, a layer of width moe_intermediate_size[1]",
     ),
-    "exaone_moe": Family(V3, typed, NUMBERED),
+    "exaone_moe": Family(V3, typed, COUNTED),
     "flex_olmo": Family(softmax("norm_topk_prob"), width=DENSE),
     "flint": Family(sigmoid("norm_topk_prob", renormalize_eps=0.0, correction_bias=False), stepped, ONE),
     "gemma4_text": Family(
@@ -98,7 +98,6 @@ FAMILIES: dict[str, Family] = {
         lambda c, i: bool(c.enable_moe_block),
         activation="hidden_activation",
         adapt=readers.gemma,
-        note="the dense MLP beside it, and all norms but those around the experts",
     ),
     "glm4_moe": Family(V3, FIRST_DENSE, COUNTED),
     "glm4_moe_lite": Family(V3, typed, COUNTED),
@@ -111,7 +110,7 @@ FAMILIES: dict[str, Family] = {
     "granitemoehybrid": Family(softmax(True), shared=GRANITE, width=DENSE),
     "granitemoeshared": Family(softmax(True), shared=GRANITE, width=DENSE),
     "hunyuan_v1_moe": Family(softmax(True, dtype="float32"), shared=Shared(DENSE), width=DENSE),
-    "hy_v3": Family(sigmoid(True), typed, Shared(count="num_shared_experts", bias="mlp_bias")),
+    "hy_v3": Family(sigmoid(True), typed, Shared(count="n_shared_experts", bias="mlp_bias")),
     "hy_v4": Family(V3, typed, adapt=readers.clamped_experts),
     "inkling_text": Family(softmax(True), typed, adapt=readers.inkling),
     "inkling2_text": Family(readers.by_scoring_func, adapt=readers.inkling2),
@@ -131,17 +130,18 @@ FAMILIES: dict[str, Family] = {
     "muse_spark_text": Family(sigmoid(True, renormalize_eps=1e-15), typed, adapt=readers.muse_spark),
     "nemotron_h": Family(
         V3,
-        lambda c, i: first(c, "layers_block_type")[i] == "moe",
+        lambda c, i: read(c, "layers_block_type")[i] == "moe",
         Shared("moe_shared_expert_intermediate_size", bias="mlp_bias"),
         activation="mlp_hidden_act",
         gated=False,
+        depth="layers_block_type",
         adapt=readers.nemotron,
     ),
     "olmoe": Family(softmax("norm_topk_prob"), width=DENSE),
     "openai_privacy_filter": Family(
         softmax(True, bias=True, dtype="float32"), width=DENSE, activation=None, adapt=readers.privacy_filter
     ),
-    "phimoe": Family(lambda c: SparseMixer(first(c, "router_jitter_noise")), width=DENSE, noise="input_jitter_noise"),
+    "phimoe": Family(lambda c: SparseMixer(read(c, "router_jitter_noise")), width=DENSE, noise="input_jitter_noise"),
     "qwen2_moe": Family(softmax("norm_topk_prob"), stepped, ONE_GATED),
     "qwen3_5_moe_text": Family(softmax(True), shared=ONE_GATED),
     "qwen3_moe": Family(softmax("norm_topk_prob"), stepped),
@@ -162,11 +162,10 @@ FAMILIES: dict[str, Family] = {
         width=DENSE,
         activation="activation_function",
         adapt=readers.jetmoe,
-        note="the MoE of its attention",
     ),
     "llama4_text": Family(
         sigmoid(False, correction_bias=False, dtype="input", weight_on_input=True),
-        lambda c, i: i in first(c, "moe_layers"),
+        lambda c, i: i in read(c, "moe_layers"),
         Shared(DENSE),
         DENSE,
     ),
@@ -190,7 +189,7 @@ FAMILIES: dict[str, Family] = {
 
 REFUSED = {
     "doge": "its experts are single rows of two embeddings, found by product keys: no expert MLPs",
-    "nllb_moe": "its module in transformers 5.23.0 takes a one-hot mask for expert ids, so that every token passes "
+    "nllb-moe": "its module in transformers 5.23.0 takes a one-hot mask for expert ids, so that every token passes "
     "experts 0 and 1 and no other: there is nothing to follow. The layer of the paper is MoELayer(..., top_k=2, "
     "gated=False, bias=True, activation='relu', capacity=Capacity(..., renormalize_after_drop=True))",
     "vitpose_backbone": "the data set of an image chooses its expert, no router",

@@ -21,20 +21,38 @@ from . import parts
 Config = Any
 Arguments = dict[str, Any]
 NAME = "MoELayer.from_config"
-SCALE = (
-    "routed_scaling_factor", "router_scaling_factor", "route_scale", "moe_routed_scaling_factor",
-    "moe_router_scaling_factor",
-)  # fmt: skip
+ALIASES = {
+    "hidden_size": ("d_model",),
+    "num_hidden_layers": ("num_layers", "n_layers"),
+    "num_experts": ("num_local_experts", "n_routed_experts", "moe_num_experts"),
+    "num_experts_per_tok": ("num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts"),
+    "n_shared_experts": ("num_shared_experts", "moe_num_shared_experts"),
+    "n_group": ("num_expert_group",),
+    "norm_topk_prob": ("moe_renormalize",),
+    "routed_scaling_factor": (
+        "router_scaling_factor",
+        "route_scale",
+        "moe_routed_scaling_factor",
+        "moe_router_scaling_factor",
+    ),
+}
+"""What families call the same thing."""
 
 
-def first(c: Config, *names: str) -> Any:
-    """The first of these attributes that the config has."""
-    for name in names:
-        value = getattr(c, name, None)
-        if value is not None:
-            return value
-    kind = getattr(c, "model_type", None) or type(c).__name__
-    raise ValueError(f"{NAME}: a {kind} config must have {' or '.join(names)}, got none")
+def read(c: Config, name: str) -> Any:
+    """An attribute of the config by its name here or another of its names; ValueError where it has none of them."""
+    found = maybe(c, name)
+    if found is None:
+        kind = getattr(c, "model_type", None) or type(c).__name__
+        names = " or ".join((name, *ALIASES.get(name, ())))
+        raise ValueError(f"{NAME}: a {kind} config must have {names}, got none")
+    return found
+
+
+def maybe(c: Config, name: str) -> Any:
+    """The same, or None."""
+    values = (getattr(c, n, None) for n in (name, *ALIASES.get(name, ())))
+    return next((v for v in values if v is not None), None)
 
 
 # ---- routers
@@ -51,7 +69,7 @@ def sigmoid(renormalize: bool | str, *, groups: bool = False, **settings: Any) -
 
     def build(c: Config) -> Router:
         limits = grouping(c) if groups else {}
-        scale = first(c, *SCALE) if any(getattr(c, name, None) is not None for name in SCALE) else 1.0
+        scale = maybe(c, "routed_scaling_factor") or 1.0
         kind: Arguments = {"scoring_func": "sigmoid", "correction_bias": True, "routed_scaling_factor": scale}
         return Router(renormalize=value(c, renormalize), **(kind | limits | settings))
 
@@ -59,20 +77,20 @@ def sigmoid(renormalize: bool | str, *, groups: bool = False, **settings: Any) -
 
 
 def value(c: Config, name: bool | str) -> bool:
-    return bool(first(c, name)) if isinstance(name, str) else name
+    return bool(read(c, name)) if isinstance(name, str) else name
 
 
 def grouping(c: Config, group_top: int = 2) -> Arguments:
-    groups = getattr(c, "n_group", None) or 1
+    groups = maybe(c, "n_group") or 1
     if groups == 1:
         return {}
-    return {"num_expert_group": groups, "topk_group": first(c, "topk_group"), "group_top": group_top}
+    return {"num_expert_group": groups, "topk_group": read(c, "topk_group"), "group_top": group_top}
 
 
 def deepseek_v2(c: Config) -> Router:
-    limits = grouping(c, group_top=1) if first(c, "topk_method") == "group_limited_greedy" else {}
+    limits = grouping(c, group_top=1) if read(c, "topk_method") == "group_limited_greedy" else {}
     renormalize = bool(getattr(c, "norm_topk_prob", False))  # the authors' rule; transformers does not read it
-    scale = first(c, "routed_scaling_factor")
+    scale = read(c, "routed_scaling_factor")
     return Router(renormalize=renormalize, routed_scaling_factor=scale, scale_when_renormalized=False, **limits)
 
 
@@ -80,25 +98,25 @@ def grouped_softmax(renormalize: bool | str, dtype: str) -> Callable[[Config], R
     """Mistral 4: softmax with the groups of DeepSeek-V3."""
     return lambda c: Router(
         renormalize=value(c, renormalize), renormalize_eps=1e-20, dtype=dtype,
-        routed_scaling_factor=first(c, "routed_scaling_factor"), **grouping(c),
+        routed_scaling_factor=read(c, "routed_scaling_factor"), **grouping(c),
     )  # fmt: skip
 
 
 def by_scoring_func(c: Config) -> Router:
     """DeepSeek-V4 and Inkling 2 name the score function."""
-    scoring = first(c, "scoring_func")
+    scoring = read(c, "scoring_func")
     if scoring not in ("sigmoid", "softmax", "sqrtsoftplus"):
         raise ValueError(
             f"MoELayer.from_config: scoring_func must be sigmoid, softmax or sqrtsoftplus, got {scoring!r}"
         )
-    scale = first(c, "routed_scaling_factor", "route_scale")
+    scale = read(c, "routed_scaling_factor")
     return Router(scoring_func=scoring, correction_bias=True, renormalize_eps=1e-20, routed_scaling_factor=scale)
 
 
 def cohere(c: Config) -> Router:
-    if first(c, "expert_selection_fn") == "softmax":
+    if read(c, "expert_selection_fn") == "softmax":
         return Router(dtype="input")
-    return Router(scoring_func="sigmoid", renormalize=bool(c.norm_topk_prob), renormalize_eps=0.0, dtype="input")
+    return Router(scoring_func="sigmoid", renormalize=value(c, "norm_topk_prob"), renormalize_eps=0.0, dtype="input")
 
 
 def dbrx(c: Config) -> Router:
@@ -110,7 +128,7 @@ def dbrx(c: Config) -> Router:
 
 def laguna(c: Config) -> Router:
     return replace(
-        sigmoid(True, renormalize_eps=0.0, dtype="input")(c), logit_softcap=first(c, "moe_router_logit_softcapping")
+        sigmoid(True, renormalize_eps=0.0, dtype="input")(c), logit_softcap=read(c, "moe_router_logit_softcapping")
     )
 
 
@@ -121,7 +139,7 @@ def lfm2(c: Config) -> Router:
 
 
 def switch_router(c: Config) -> Router:
-    return Router(renormalize=False, bias=bool(c.router_bias), input_jitter=first(c, "router_jitter_noise"))
+    return Router(renormalize=False, bias=bool(c.router_bias), input_jitter=read(c, "router_jitter_noise"))
 
 
 # ---- which layers are MoE
@@ -129,7 +147,7 @@ def switch_router(c: Config) -> Router:
 
 def typed(c: Config, i: int) -> bool:
     types = getattr(c, "mlp_layer_types", None)  # a config.json older than this name has the other one
-    return i >= first(c, "first_k_dense_replace") if types is None else types[i] in ("sparse", "moe", "hash_moe")
+    return i >= read(c, "first_k_dense_replace") if types is None else types[i] in ("sparse", "moe", "hash_moe")
 
 
 def after(name: str) -> Callable[[Config, int], bool]:
@@ -143,18 +161,18 @@ def stepped(c: Config, i: int) -> bool:
 
 
 def ernie(c: Config, i: int) -> bool:
-    last = first(c, "moe_layer_end_index")
+    last = read(c, "moe_layer_end_index")
     last = c.num_hidden_layers - 1 if last == -1 else last
-    return bool((i + 1) % first(c, "moe_layer_interval") == 0 and first(c, "moe_layer_start_index") <= i <= last)
+    return bool((i + 1) % read(c, "moe_layer_interval") == 0 and read(c, "moe_layer_start_index") <= i <= last)
 
 
 def switch_step(c: Config, i: int) -> bool:
-    step = first(c, "decoder_sparse_step" if getattr(c, "is_decoder", False) else "encoder_sparse_step")
+    step = read(c, "decoder_sparse_step" if getattr(c, "is_decoder", False) else "encoder_sparse_step")
     return bool(step > 0 and (step == 1 or i % step == 1))
 
 
 def jamba_step(c: Config, i: int) -> bool:
-    return bool(first(c, "num_experts") > 1 and i % first(c, "expert_layer_period") == first(c, "expert_layer_offset"))
+    return bool(read(c, "num_experts") > 1 and i % read(c, "expert_layer_period") == read(c, "expert_layer_offset"))
 
 
 # ---- activations
@@ -188,39 +206,39 @@ def activation(name: str, gated: bool = True) -> str | nn.Module:
 def aria(c: Config, i: int, a: Arguments, place: Arguments) -> None:
     """The experts are silu, the shared ones what the config says."""
     kwargs: Arguments = {"activation": activation(c.hidden_act), "bias": bool(c.mlp_bias)}
-    width = first(c, "intermediate_size") * first(c, "moe_num_shared_experts")
+    width = read(c, "intermediate_size") * read(c, "n_shared_experts")
     a["shared_experts"] = parts.OpenSharedExperts(a["hidden_size"], width, **kwargs, **place)
 
 
 def cohere_average(c: Config, i: int, a: Arguments, place: Arguments) -> None:
     """(routed + shared) / 2."""
-    width = first(c, "intermediate_size") * first(c, "num_shared_experts")
+    width = read(c, "intermediate_size") * read(c, "n_shared_experts")
     if width and c.shared_expert_combination_strategy == "average":
         shared = parts.OpenSharedExperts(a["hidden_size"], width, activation=a["activation"], scale=0.5, **place)
         a |= {"shared_experts": shared, "router": replace(a["router"], routed_scaling_factor=0.5)}
 
 
 def clamped(c: Config, i: int, a: Arguments, place: Arguments) -> None:
-    a["activation"] = parts.Gated(function(c.hidden_act), first(c, "swiglu_limit"))
+    a["activation"] = parts.Gated(function(c.hidden_act), read(c, "swiglu_limit"))
 
 
 def clamped_experts(c: Config, i: int, a: Arguments, place: Arguments) -> None:
     """Hunyuan 4 clamps the experts, not the shared one."""
-    width = first(c, "moe_intermediate_size") * first(c, "n_shared_experts")
+    width = read(c, "moe_intermediate_size") * read(c, "n_shared_experts")
     a["shared_experts"] = parts.OpenSharedExperts(a["hidden_size"], width, activation=a["activation"], **place)
-    a["activation"] = parts.Gated(nn.SiLU(), first(c, "swiglu_limit"))
+    a["activation"] = parts.Gated(nn.SiLU(), read(c, "swiglu_limit"))
 
 
 def deepseek_v4(c: Config, i: int, a: Arguments, place: Arguments) -> None:
     clamped(c, i, a, place)
-    if first(c, "mlp_layer_types")[i] == "hash_moe":
-        table = first(c, "vocab_size")
+    if read(c, "mlp_layer_types")[i] == "hash_moe":
+        table = read(c, "vocab_size")
         a["router"] = replace(a["router"], correction_bias=False, token_table=table)
 
 
 def swigluoai(c: Config, i: int, a: Arguments, place: Arguments) -> None:
     """The gate of gpt-oss."""
-    a |= {"activation": "swigluoai", "swiglu_limit": first(c, "swiglu_limit"), "swiglu_alpha": first(c, "swiglu_alpha")}
+    a |= {"activation": "swigluoai", "swiglu_limit": read(c, "swiglu_limit"), "swiglu_alpha": read(c, "swiglu_alpha")}
 
 
 def gpt_oss(c: Config, i: int, a: Arguments, place: Arguments) -> None:
@@ -235,7 +253,7 @@ def privacy_filter(c: Config, i: int, a: Arguments, place: Arguments) -> None:
 
 def gemma(c: Config, i: int, a: Arguments, place: Arguments) -> None:
     """The router sees the residual stream; norms stand around the experts alone."""
-    H, eps = a["hidden_size"], first(c, "rms_norm_eps")
+    H, eps = a["hidden_size"], read(c, "rms_norm_eps")
     sizes = (H, a["num_experts"], a["top_k"])
     a["router"] = parts.NormedGate(*sizes, a["router"], eps=eps, **place)
     a["before"], a["after"] = parts.RMSNorm(H, eps, **place), parts.RMSNorm(H, eps, **place)
@@ -243,14 +261,14 @@ def gemma(c: Config, i: int, a: Arguments, place: Arguments) -> None:
 
 def inkling(c: Config, i: int, a: Arguments, place: Arguments) -> None:
     """The shared experts are the last of the list and share the weights' sum."""
-    S = first(c, "n_shared_experts")
+    S = read(c, "n_shared_experts")
     a |= {"num_experts": a["num_experts"] + S, "top_k": a["top_k"] + S}
     sizes = (a["hidden_size"], a["num_experts"], a["top_k"])
-    a["router"] = parts.SharedSinkGate(*sizes, num_shared=S, scale=first(c, "route_scale"), **place)
+    a["router"] = parts.SharedSinkGate(*sizes, num_shared=S, scale=read(c, "routed_scaling_factor"), **place)
 
 
 def inkling2(c: Config, i: int, a: Arguments, place: Arguments) -> None:
-    a["activation"] = parts.SoftcappedSwiGLU(first(c, "mlp_gate_softcap"), first(c, "mlp_up_softcap"))
+    a["activation"] = parts.SoftcappedSwiGLU(read(c, "mlp_gate_softcap"), read(c, "mlp_up_softcap"))
 
 
 def kolibri(c: Config, i: int, a: Arguments, place: Arguments) -> None:
@@ -259,9 +277,9 @@ def kolibri(c: Config, i: int, a: Arguments, place: Arguments) -> None:
 
 
 def muse_spark(c: Config, i: int, a: Arguments, place: Arguments) -> None:
-    H, latent = a["hidden_size"], first(c, "moe_hidden_size")
+    H, latent = a["hidden_size"], read(c, "moe_hidden_size")
     a["router"] = parts.ScaledGate(H, a["num_experts"], a["top_k"], a["router"], **place)
-    a["router"].logit_scale = first(c, "output_multiplier")
+    a["router"].logit_scale = read(c, "output_multiplier")
     norm = parts.RMSNorm(latent, c.post_norm_eps, offset=1.0, scale_first=True, **place)
     a["expert_norm"], a["expert_hidden_size"] = norm, latent
     a["before"] = nn.Sequential(
@@ -284,7 +302,7 @@ def zaya(c: Config, i: int, a: Arguments, place: Arguments) -> None:
             "it, for which MoELayer has no argument; layer_idx=0 is the only layer without"
         )
     sizes = (a["hidden_size"], a["num_experts"], a["top_k"])
-    a["router"] = parts.DeepGate(*sizes, inner_size=first(c, "router_hidden_size"), eps=c.rms_norm_eps, **place)
+    a["router"] = parts.DeepGate(*sizes, inner_size=read(c, "router_hidden_size"), eps=c.rms_norm_eps, **place)
 
 
 def jetmoe(c: Config, i: int, a: Arguments, place: Arguments) -> None:
@@ -292,7 +310,7 @@ def jetmoe(c: Config, i: int, a: Arguments, place: Arguments) -> None:
 
 
 def longcat(c: Config, i: int, a: Arguments, place: Arguments) -> None:
-    a["router"] = replace(a["router"], routed_scaling_factor=first(c, "routed_scaling_factor"))
+    a["router"] = replace(a["router"], routed_scaling_factor=read(c, "routed_scaling_factor"))
     zero = getattr(c, "zero_expert_num", None) or 0
     kind = activation(c.hidden_act)
     if zero and isinstance(kind, str):
@@ -304,7 +322,7 @@ def longcat(c: Config, i: int, a: Arguments, place: Arguments) -> None:
 def step3p5(c: Config, i: int, a: Arguments, place: Arguments) -> None:
     """Clamps behind the activation, with one limit a layer for the experts and one for the shared expert."""
     limits, shared = ((getattr(c, n, None) or {i: None})[i] for n in ("swiglu_limits", "swiglu_limits_shared"))
-    act, H, width = function(c.hidden_act), a["hidden_size"], first(c, "share_expert_dim")
+    act, H, width = function(c.hidden_act), a["hidden_size"], read(c, "share_expert_dim")
     kind = parts.Gated(act, shared, clamp_last=True) if shared else activation(c.hidden_act)
     bias = bool(c.mlp_bias)
     a["shared_experts"] = parts.OpenSharedExperts(H, width, activation=kind, bias=bias, **place)
@@ -314,7 +332,7 @@ def step3p5(c: Config, i: int, a: Arguments, place: Arguments) -> None:
 
 def switch(c: Config, i: int, a: Arguments, place: Arguments) -> None:
     """A fixed capacity a sequence; the losses are a mean over sequences."""
-    a |= {"init": "fan_in", "capacity": Capacity(fixed=first(c, "expert_capacity"), group="sequence")}
+    a |= {"init": "fan_in", "capacity": Capacity(fixed=read(c, "expert_capacity"), group="sequence")}
     if getattr(c, "output_router_logits", False):
         a["losses"] = (Switch(c.router_aux_loss_coef, scope="sequence"), ZLoss(c.router_z_loss_coef))
 
