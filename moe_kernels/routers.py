@@ -239,6 +239,9 @@ def draw(module: nn.Module, init: str) -> None:
             nn.init.normal_(t, std=0.02)
 
 
+_DEAD = -1e30  # a logit that is -inf or NaN, finite so that gradients are
+
+
 class SparseMixer(nn.Module):
     """The router of Phi-3.5-MoE in evaluation: K = 2, each weight a softmax over the experts near its own maximum.
 
@@ -261,13 +264,14 @@ class SparseMixer(nn.Module):
         if self.training:
             raise RuntimeError("SparseMixer: only evaluation is built: call .eval() on the layer, or choose a Router")
         l = logits.to(acc_dtype(logits.dtype))
+        l = torch.where(l.isnan(), _DEAD, l).clamp(_DEAD, -_DEAD)
         weights, ids, rest = [], [], l
         for _ in range(2):
             best = rest.argmax(-1, keepdim=True)
             top = rest.gather(1, best).detach()
             far = (top - l) / torch.maximum(l.abs(), top) > 2 * self.eps
             near = torch.where(far.detach(), -math.inf, rest)
-            weights.append(near.softmax(-1).gather(1, best))
+            weights.append(torch.where(top > _DEAD, near.softmax(-1).gather(1, best), 0.0))
             ids.append(best)
             rest = rest.scatter(1, best, -math.inf)
         return torch.cat(weights, 1), torch.cat(ids, 1)

@@ -120,7 +120,7 @@ def test_without_tokens(loss, router):
     for T, mask in ((0, None), (B * S, torch.zeros(B * S, dtype=torch.bool))):
         logits = logits_of()[:T].requires_grad_()
         value = loss(inputs_of(logits, router, mask))
-        assert float(value) == 0
+        assert value.item() == 0
         assert not torch.autograd.grad(value, logits)[0].any()
 
 
