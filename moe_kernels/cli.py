@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 NOT_BUILT = {
     "bench": "the benchmarks run from a clone of the project with `make bench`",
-    "inspect": "the state of a running layer",
     "plan": "the cost of expert parallelism on a cluster",
     "plot": "pictures of recorded expert load",
 }
@@ -29,6 +28,11 @@ def parser() -> argparse.ArgumentParser:
         help="only this part; may be given more than once",
     )
     words.add_parser("doctor", help="versions, build, which backend each op uses and why, what to do about the rest")
+    inspect = words.add_parser("inspect", help="the MoE layers of a checkpoint, and the kernels that will serve them")
+    inspect.add_argument("source", help="a folder with config.json, a config.json, or the name of a preset")
+    inspect.add_argument("--json", action="store_true", help="the same as JSON")
+    inspect.add_argument("--dtype", choices=("float64", "float32", "bfloat16", "float16"), help="of the run")
+    inspect.add_argument("--device", default="cpu", help="cpu, cuda or an architecture such as sm_90 (cpu)")
     for word, what in NOT_BUILT.items():
         words.add_parser(word, help=f"not built yet: {what}")
     return top
@@ -46,6 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from . import doctor
 
         return doctor.run()
+    if asked.word == "inspect":
+        from . import inspect
+
+        return inspect.run(asked.source, as_json=asked.json, dtype=asked.dtype, device=asked.device)
     from . import demo
 
     return demo.run(quick=asked.quick, out=asked.out, parts=tuple(asked.part or ("families", "training", "layers")))

@@ -93,8 +93,8 @@ def find(hf_config: Any) -> tuple[Any, Family]:
     )
 
 
-def moe_layer(c: Any, family: Family, layer_idx: int | None) -> int:
-    """layer_idx, or the first MoE layer. Errors: ValueError, TypeError."""
+def moe_layers(c: Any, family: Family) -> tuple[list[int], int]:
+    """The MoE layers of a config that `find` gave, and the number of all. Errors: ValueError where there are none."""
     if not any(_experts_of(c)):
         raise ValueError(f"{NAME}: this {c.model_type} config is no Mixture of Experts: it has no experts")
     depth = read(c, family.depth)
@@ -102,6 +102,12 @@ def moe_layer(c: Any, family: Family, layer_idx: int | None) -> int:
     sparse = [i for i in range(depth) if family.layers(c, i)]
     if not sparse:
         raise ValueError(f"{NAME}: this {c.model_type} config is no Mixture of Experts: all {depth} layers are dense")
+    return sparse, depth
+
+
+def moe_layer(c: Any, family: Family, layer_idx: int | None) -> int:
+    """layer_idx, or the first MoE layer. Errors: ValueError, TypeError."""
+    sparse, depth = moe_layers(c, family)
     if layer_idx is None:
         return sparse[0]
     if not isinstance(layer_idx, int) or isinstance(layer_idx, bool):
@@ -110,7 +116,7 @@ def moe_layer(c: Any, family: Family, layer_idx: int | None) -> int:
         raise ValueError(f"{NAME}: layer_idx must be in 0..{depth - 1} for this {c.model_type} config, got {layer_idx}")
     if layer_idx not in sparse:
         raise ValueError(
-            f"{NAME}: layer {layer_idx} of this {c.model_type} config is dense; its MoE layers are {_ranges(sparse)}"
+            f"{NAME}: layer {layer_idx} of this {c.model_type} config is dense; its MoE layers are {ranges(sparse)}"
         )
     return layer_idx
 
@@ -134,7 +140,7 @@ def _at(value: Any, i: int) -> Any:
     return value[i] if isinstance(value, (list, tuple)) else value
 
 
-def _ranges(numbers: list[int]) -> str:
+def ranges(numbers: list[int]) -> str:
     """[1, 2, 3, 5] -> "1-3, 5"."""
     starts = [n for n in numbers if n - 1 not in numbers]
     ends = [n for n in numbers if n + 1 not in numbers]
