@@ -286,12 +286,14 @@ class SharedSinkGate(Gate):
 class DeepGate(Gate):
     """A small network makes the logits of E experts and of "none", with a bias on the choice (Zaya).
 
-    weight [E + 1, D] is the network's last layer. Zaya's later layers add the states of the layer before, which a
-    MoELayer's forward has no place for.
+    weight [E + 1, D] is the network's last layer. A gate built with after=True adds the states [T, D] that another gate
+    left in its last forward, times router_states_scale: layer.router.follow(layer_before.router).
+
+    Errors: RuntimeError in the forward of a gate that should follow another and does not.
     """
 
     def __init__(self, hidden_size: int, num_experts: int, top_k: int, *, inner_size: int, eps: float,
-                 **place: Any) -> None:  # fmt: skip
+                 after: bool = False, **place: Any) -> None:  # fmt: skip
         router = Router(renormalize=False, correction_bias=True, dtype="input")
         super().__init__(inner_size, num_experts + 1, top_k, router, **place)
         self.none = num_experts
@@ -299,6 +301,13 @@ class DeepGate(Gate):
         self.norm = RMSNorm(inner_size, eps, **place)
         self.fc1 = nn.Linear(inner_size, inner_size, **place)
         self.fc2 = nn.Linear(inner_size, inner_size, **place)
+        self.router_states_scale = nn.Parameter(torch.ones(inner_size, **place)) if after else None
+        self.states: Tensor | None = None
+        self.leader: tuple[DeepGate, ...] = ()  # a tuple, so that it is no submodule
+
+    def follow(self, gate: DeepGate) -> None:
+        """Takes the states of that gate, whose layer has to run before."""
+        self.leader = (gate,)
 
     @torch.no_grad()
     def reset_parameters(self, init: str = "normal") -> None:
@@ -306,9 +315,26 @@ class DeepGate(Gate):
         reset(self, init)
         assert self.e_score_correction_bias is not None
         self.e_score_correction_bias[-1] = -1.0
+        scale = getattr(self, "router_states_scale", None)
+        if scale is not None:  # there is none yet in Gate's constructor
+            nn.init.ones_(scale)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy and pickle: what the last forward left behind stays here."""
+        return self.__dict__ | {"states": None}
 
     def logits(self, x: Tensor) -> Tensor:
-        return super().logits(F.gelu(self.fc2(F.gelu(self.fc1(self.norm(self.down_proj(x)))))))
+        states = self.down_proj(x)
+        if self.router_states_scale is not None:
+            before = self.leader[0].states if self.leader else None
+            if before is None or before.shape != states.shape:
+                raise RuntimeError(
+                    "DeepGate: this router adds the states of the layer before, on the same tokens: call "
+                    "layer.router.follow(layer_before.router), and run that layer first"
+                )
+            states = states + before * self.router_states_scale
+        self.states = states
+        return super().logits(F.gelu(self.fc2(F.gelu(self.fc1(self.norm(states))))))
 
     def forward(
         self, x: Tensor, *, padding_mask: Tensor | None = None, token_ids: Tensor | None = None

@@ -296,13 +296,10 @@ def nemotron(c: Config, i: int, a: Arguments, place: Arguments) -> None:
 
 
 def zaya(c: Config, i: int, a: Arguments, place: Arguments) -> None:
-    if i > 0:
-        raise ValueError(
-            f"{NAME}: the router of layer {i} of a zaya model takes the router states of the layer before "
-            "it, for which MoELayer has no argument; layer_idx=0 is the only layer without"
-        )
+    """The router of a later layer follows the one before: see `DeepGate`."""
     sizes = (a["hidden_size"], a["num_experts"], a["top_k"])
-    a["router"] = parts.DeepGate(*sizes, inner_size=read(c, "router_hidden_size"), eps=c.rms_norm_eps, **place)
+    inner = read(c, "router_hidden_size")
+    a["router"] = parts.DeepGate(*sizes, inner_size=inner, eps=c.rms_norm_eps, after=i > 0, **place)
 
 
 def jetmoe(c: Config, i: int, a: Arguments, place: Arguments) -> None:

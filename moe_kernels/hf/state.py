@@ -185,7 +185,7 @@ _RULES: list[tuple[re.Pattern[str], str, View]] = [
         (r"experts\.post_expert_norm\.weight", "experts.norm.weight", _same),
         (r"post_expert_proj\.weight", "experts.after.weight", _same),
         # Zaya's router network
-        (r"gate\.(down_proj\.(?:weight|bias))", r"router.\1", _same),
+        (r"gate\.(down_proj\.(?:weight|bias)|router_states_scale)", r"router.\1", _same),
         (r"gate\.router_mlp\.((?:norm|fc1|fc2)\.(?:weight|bias))", r"router.\1", _same),
         (r"gate\.router_mlp\.out_proj\.weight", "router.weight", _same),
     )
