@@ -146,7 +146,7 @@ def test_table_lines_up() -> None:
     assert report.table(("a", "b"), [("long", "1"), ("x", "22")]).splitlines()[2:] == ["   long   1", "   x     22"]
 
 
-@pytest.mark.parametrize("word", ["bench", "inspect", "plan", "plot"])
+@pytest.mark.parametrize("word", ["bench", "plan", "plot"])
 def test_words_that_are_not_built_yet(word: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([word]) == 2
     assert "not built yet" in capsys.readouterr().err
