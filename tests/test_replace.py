@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib
 import io
 import pickle
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from moe_kernels import hf  # noqa: E402
 from moe_kernels.demo import families  # noqa: E402
 
 EPS = 2.0**-52
+REPLACE = importlib.import_module("moe_kernels.hf.replace")  # the module: `hf.replace` is the function
 
 
 def mixtral(dtype: torch.dtype = torch.float64, **words: Any) -> Any:
@@ -268,6 +270,32 @@ def test_blocks_that_cannot_be_taken() -> None:
     assert "quantised (int8 [32, 21])" in reason(
         lambda x: setattr(x["expert_0"].wo, "weight", nn.Parameter(torch.zeros(32, 21).to(torch.int8), False))
     )
+
+
+def test_another_transformers_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The forward of every class in the table takes the arguments that ours takes; where it does not, it is left."""
+    model = build("dbrx")
+    experts = type(model.transformer.blocks[0].ffn.experts)
+    monkeypatch.setattr(experts, "forward", lambda self, hidden_states, routing: hidden_states)
+    assert "takes other arguments in this transformers: ['hidden_states', 'routing']" in str(mk.replace(model))
+
+
+def test_a_parent_with_a_foreign_forward() -> None:
+    """As a hub kernel does it: the block's forward is another, and may never reach the experts."""
+    model = mixtral()
+    block = model.model.layers[0].mlp
+    block.forward = lambda x: x
+    report = mk.replace(model)
+    assert [e.name for e in report.taken] == ["model.layers.1.mlp.experts"]
+    assert "MixtralSparseMoeBlock around it runs a forward of something else" in report.skipped[0].reason
+    block._hf_hook = object()  # what accelerate leaves beside a wrapper that calls the real forward
+    assert mk.replace(model).ok
+
+
+def test_a_device_without_kernels_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(REPLACE, "backend_of", lambda op, device: ("reference", f"no {op} on {device}"))
+    for model, op in ((mixtral(), "fused_experts"), (build("dbrx"), "grouped_gemm")):
+        assert f"; on the slow reference: no {op} on cpu" in str(mk.replace(model))
 
 
 def test_a_subclass_with_its_own_forward() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from typing import Any
 
 from torch import nn
 
+from ..fallback import backend_of
 from .blocks import REFUSED, TABLE, Adapter
 from .blocks.weights import adjoin, why_not
 from .experts import activation_name, fused_gate, local_weights
@@ -94,17 +96,24 @@ def _layers(model: nn.Module) -> Iterator[_Layer]:
     """Every MoE layer of the model: those that we know first, then what looks like one."""
     found: set[int] = set()
     around: set[int] = set()  # modules that hold one that was found
-    for name, module in model.named_modules():
+    named = dict(model.named_modules())
+    for name, module in named.items():
         if id(module) in found:
             continue
         layer = _known(_name(name), module)
         if layer is not None:
             found.update(id(inner) for inner in module.modules())
+            parent = named[name.rpartition(".")[0]] if name else module
+            if layer.entry.how and parent is not module and _foreign_forward(parent):
+                reason = (
+                    f"the {type(parent).__name__} around it runs a forward of something else, which may not call it"
+                )
+                layer = _skip(layer.entry.name, module, reason)
             yield layer
     for module in model.modules():
         if any(id(inner) in found for inner in module.modules()):
             around.add(id(module))
-    for name, module in model.named_modules():
+    for name, module in named.items():
         if id(module) not in around and id(module) not in found and _suspect(module):
             found.update(id(inner) for inner in module.modules())
             yield _skip(_name(name), module, "no adapter knows this class")
@@ -112,6 +121,11 @@ def _layers(model: nn.Module) -> Iterator[_Layer]:
 
 def _skip(name: str, module: nn.Module, reason: str) -> _Layer:
     return _Layer(module, Entry(name, type(module).__name__, reason=reason))
+
+
+def _foreign_forward(module: Any) -> bool:
+    """Whether somebody else has put a forward on this instance; accelerate's, which calls the real one, is none."""
+    return "forward" in vars(module) and not _is_ours(module) and not hasattr(module, "_hf_hook")
 
 
 def _known(name: str, module: nn.Module) -> _Layer | None:
@@ -157,8 +171,14 @@ def _interface(name: str, module: Any) -> _Layer:
         path = f"fused_experts ({gate[0]})"
     else:
         path = f"unfused path ({_why_unfused(module, gate)})"
-    how = f"experts interface, {path}"
+    how = f"experts interface, {path}{_reference('fused_experts', w13)}"
     return _Layer(module, Entry(name, type(module).__name__, how=f"already on the {how}" if current == NAME else how))
+
+
+def _reference(op: str, weight: Any) -> str:
+    """What to add where no compiled kernel will run."""
+    backend, why = backend_of(op, weight.device.type)
+    return "" if backend != "reference" else f"; on the slow reference: {why.removeprefix('moe_kernels: ')}"
 
 
 def _why_unfused(module: Any, gate: Any) -> str:
@@ -176,11 +196,17 @@ def _act(act_fn: Any) -> str:
     return getattr(act_fn, "__name__", type(act_fn).__name__)
 
 
+def _arguments(function: Any) -> list[str]:
+    return list(inspect.signature(function).parameters)[1:]
+
+
 def _block(name: str, module: Any, cls: type, adapter: Adapter) -> _Layer:
     """A block of the table, or why this one cannot be taken."""
     mine = _is_ours(module)
     if type(module).forward is not cls.forward:  # type: ignore[attr-defined]
         return _skip(name, module, f"{type(module).__name__} overrides the forward of {cls.__name__}")
+    if adapter.home and _arguments(cls.forward) != _arguments(adapter.forward):  # type: ignore[attr-defined]
+        return _skip(name, module, f"its forward takes other arguments in this transformers: {_arguments(cls.forward)}")  # type: ignore[attr-defined]
     if not mine and "forward" in vars(module):
         return _skip(name, module, "something else has put a forward on this instance")
     children = [module._modules.get(child) for child in adapter.inside] if adapter.inside else [module]
@@ -199,7 +225,8 @@ def _block(name: str, module: Any, cls: type, adapter: Adapter) -> _Layer:
         act_fn = adapter.act_fn(module)
         fused = activation_name(act_fn)
         path = f"{path} ({fused})" if fused else f"unfused path ({_act(act_fn)} is no activation that we fuse)"
-    how = f"forward of our own, {path}"
+    op = "fused_experts" if path.startswith("fused") else "grouped_gemm"
+    how = f"forward of our own, {path}{_reference(op, adapter.columns(module)[0][0])}"
     entry = Entry(name, type(module).__name__, how=f"already on a {how}" if mine else how)
     return _Layer(module, entry, adapter, options)
 

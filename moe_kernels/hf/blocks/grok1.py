@@ -67,9 +67,17 @@ class Grok1MoE(nn.Module):
         self.experts = nn.ModuleList(
             Grok1Expert(hidden_size, intermediate_size, device=device, dtype=dtype) for _ in range(num_experts)
         )
+        self._adjoin()
+
+    def _adjoin(self) -> None:
         if not self.gate.weight.is_meta:
             for column in columns(self):
                 adjoin(column)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Grok1MoE:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._adjoin()  # a cast or a move to a device took the weights apart
+        return self
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """x [..., H] -> y [..., H] in x.dtype, and the router's logits [T, E]."""

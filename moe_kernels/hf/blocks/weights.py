@@ -62,7 +62,7 @@ def adjoin(weights: Sequence[Tensor]) -> None:
         return
     if any(w.shape != first.shape or w.dtype != first.dtype or w.is_inference() for w in weights):
         return
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
         block = torch.empty((len(weights), *first.shape), dtype=first.dtype, device=first.device)
         for place, weight in zip(block.unbind(), weights):
             place.copy_(weight)
