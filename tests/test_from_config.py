@@ -15,7 +15,7 @@ from torch import Tensor, nn
 transformers = pytest.importorskip("transformers")
 
 from test_hf_classes import experts_classes  # noqa: E402
-from tiny_configs import BLOCKS, CONFIGS, build, tiny_config  # noqa: E402
+from tiny_configs import BLOCKS, CONFIGS, build, filled, tiny_config  # noqa: E402
 
 from moe_kernels import MoELayer  # noqa: E402
 from moe_kernels.hf import state  # noqa: E402

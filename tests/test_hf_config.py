@@ -129,7 +129,7 @@ def test_balance_loss(kind: str) -> None:
     truth = 0.7 * modeling.load_balancing_loss_func((capped,), 8, 3)
     (grad,) = torch.autograd.grad(truth, logits)
     layer(x)
-    assert float((layer.aux_loss - truth).abs()) <= 16 * 2**-24 * float(truth.detach())
+    assert float((layer.aux_loss - truth).abs().detach()) <= 16 * 2**-24 * float(truth.detach())
     layer.aux_loss.backward()
     want = grad.t() @ x.reshape(-1, 32)
     assert float((layer.router.weight.grad - want).abs().max()) <= 64 * 2**-24 * float(want.abs().max())
@@ -146,7 +146,7 @@ def test_switch_losses() -> None:
     logits = layer.router.logits(x.reshape(-1, 32)).reshape(2, 9, 8)
     p = logits.softmax(-1)
     truth = 0.3 * modeling.load_balancing_loss_func(p, p.argmax(-1)) + 0.2 * modeling.router_z_loss_func(logits)
-    assert float((layer.aux_loss - truth).abs()) <= 64 * 2**-24 * float(truth)
+    assert float((layer.aux_loss - truth).abs().detach()) <= 64 * 2**-24 * float(truth)
 
 
 # ---- refusals
