@@ -103,7 +103,8 @@ class MoELayer(nn.Module):
         experts: a module (x [T, H], topk_weights, topk_ids, weight_on_input) -> y [T, H], in place of `Experts`.
         shared_experts: a module x [T, H] -> y [T, H], in place of `SharedExperts`.
         capacity: a `Capacity`, a factor, or None: no token is dropped.
-        losses: of `moe_kernels.losses`, or their names, or any callable LossInputs -> 0-d tensor.
+        losses: of `moe_kernels.losses`, or their names, or any callable LossInputs -> 0-d tensor. They are computed in
+            every forward; a layer that only serves does without them, losses=().
         attach_losses: the backward of the output adds the gradient of aux_loss, with weight 1 whatever the output's own
             gradient is (so not under a loss scaler); its value does not change.
         init: the rule of `reset_parameters`.
@@ -174,7 +175,12 @@ class MoELayer(nn.Module):
     @classmethod
     def from_config(cls, hf_config: Any, *, layer_idx: int | None = None, device: torch.device | str | None = None,
                     dtype: torch.dtype | None = None) -> MoELayer:  # fmt: skip
-        """The MoE layer that a Hugging Face config describes. layer_idx: which one, where layers differ."""
+        """The MoE layer that a Hugging Face config describes; its weights come by `hf.state.state_dict_from`.
+
+        layer_idx: the decoder layer, where layers differ; None: the first that is MoE.
+
+        Errors: ValueError for a config without experts, an unknown model_type (lists the known), a dense layer.
+        """
         from .hf.config import layer_kwargs
 
         place: dict[str, Any] = {"device": device, "dtype": dtype}

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import json
 import re
 from typing import Any
 
@@ -140,6 +141,10 @@ def test_layers_that_differ() -> None:
     config = tiny_config("step3p5", {"swiglu_limits": [0.0, 0.5, 0.7, 0.0]})
     assert MoELayer.from_config(config, layer_idx=2).experts.activation.limit == 0.7
     assert layer_kwargs(config, 3)["activation"] == "silu" and "experts" not in layer_kwargs(config, 3)
+    own = {"per_layer_config": {i: {"num_local_experts": 4 + i, "num_experts_per_tok": 1 + i} for i in range(4)}}
+    config = tiny_config("dots3_note_vision_encoder", own)
+    for c in (config, json.loads(config.to_json_string(use_diff=False))):
+        assert [(layer_kwargs(c, i)["num_experts"], layer_kwargs(c, i)["top_k"]) for i in (0, 3)] == [(4, 1), (7, 4)]
 
 
 def test_every_experts_class_is_reached() -> None:

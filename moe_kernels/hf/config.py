@@ -123,16 +123,21 @@ def moe_layer(c: Any, family: Family, layer_idx: int | None) -> int:
 
 def _experts_of(c: Any) -> list[int]:
     """The numbers of experts that a config names, one or one a layer."""
+    if getattr(c, "is_heterogeneous", False):
+        return [maybe(layer, "num_experts") or 0 for layer in c.per_layer_config]
     found = maybe(_of_layer(c, None), "num_experts")
     return list(found) if isinstance(found, (list, tuple)) else [found or 0]
 
 
 def _of_layer(c: Any, layer: int | None) -> Any:
-    """The config of one layer, where a model has several; DBRX keeps its MoE in a part."""
+    """The config of one layer, where layers have their own values; DBRX keeps its MoE in a part."""
     c = getattr(c, "ffn_config", None) or c
     if isinstance(c, dict):
         return SimpleNamespace(**c)
-    return c.per_layer_config[layer] if layer is not None and getattr(c, "is_heterogeneous", False) else c
+    own: Any = getattr(c, "per_layer_config", None)
+    if isinstance(own, dict):  # of a config.json; transformers has a list of whole configs there
+        return SimpleNamespace(**(vars(c) | own.get(str(layer), {})))
+    return own[layer] if layer is not None and getattr(c, "is_heterogeneous", False) else c
 
 
 def _at(value: Any, i: int) -> Any:

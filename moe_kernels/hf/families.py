@@ -60,7 +60,7 @@ GRANITE = Shared("shared_intermediate_size")
 DENSE = "intermediate_size"
 FIRST_DENSE = after("first_k_dense_replace")
 V3 = sigmoid("norm_topk_prob", groups=True)
-ERNIE = softmax(True, correction_bias=True, dtype="float32")
+ERNIE = softmax(True, correction_bias=True, dtype="float32")  # divides by a sum of at least moe_norm_min, 1e-12
 MINIMAX = sigmoid(True, renormalize_eps=0.0, dtype="input")
 MISTRAL = readers.grouped_softmax
 

@@ -81,6 +81,7 @@ def value(c: Config, name: bool | str) -> bool:
 
 
 def grouping(c: Config, group_top: int = 2) -> Arguments:
+    """Group limits. A.X-K2, Mistral 4 and DeepSeek-V2 mask with 0, we with -inf: the same while K scores are > 0."""
     groups = maybe(c, "n_group") or 1
     if groups == 1:
         return {}
