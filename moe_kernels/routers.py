@@ -7,6 +7,7 @@ Letters: T tokens, H hidden, E experts, K experts a token. A router that is no `
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
@@ -162,8 +163,9 @@ class Gate(nn.Module):
             x = x * torch.empty_like(x, dtype=acc_dtype(x.dtype)).uniform_(1 - eps, 1 + eps)
         if self.settings.dtype == "input":
             return F.linear(x, self.weight, self.bias)
-        acc = acc_dtype(x.dtype)
-        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
+        acc, kind = acc_dtype(x.dtype), x.device.type
+        mixed = not x.is_meta and torch.is_autocast_enabled(kind)
+        with torch.autocast(kind, enabled=False) if mixed else contextlib.nullcontext():
             return F.linear(x.to(acc), self.weight.to(acc), None if self.bias is None else self.bias.to(acc))
 
     def forward(
