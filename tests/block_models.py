@@ -4,11 +4,15 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from typing import Any
 
 import torch
+from torch import nn
 
-transformers = __import__("transformers")
+from moe_kernels.demo import families
+
+transformers = importlib.import_module("transformers")
 
 LANGUAGE = {
     "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -139,3 +143,18 @@ def same(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], eps: f
 
 def clone(model: Any) -> Any:
     return copy.deepcopy(model)
+
+
+def mixtral(dtype: torch.dtype = torch.float64, **words: Any) -> Any:
+    return families.tiny_model("mixtral", dtype=dtype, **words)
+
+
+def fingerprint(model: nn.Module) -> list[Any]:
+    """Every module by identity with its class, own attributes and parameters, and every config's choice."""
+    found: list[Any] = []
+    for name, m in model.named_modules():
+        plain = {k: id(v) for k, v in vars(m).items() if not k.startswith("_")}
+        parameters = [(n, id(p)) for n, p in m.named_parameters(recurse=False)]
+        choice = getattr(getattr(m, "config", None), "_experts_implementation", None)
+        found.append((name, id(m), type(m), plain, parameters, sorted(vars(m)), choice))
+    return found

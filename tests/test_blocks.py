@@ -101,10 +101,7 @@ def test_training_steps(family: str) -> None:
         assert float((a - b).detach().abs().max()) <= exact, name
 
 
-BREAKS = ("switch_transformers", "nllb_moe", "jetmoe")  # their own code breaks the graph, outside of what we replace
-
-
-@pytest.mark.parametrize("family", [f for f in MODELS if f not in BREAKS])
+@pytest.mark.parametrize("family", ["dbrx", "llama4"])
 def test_compile_in_one_graph(family: str) -> None:
     """A replaced model compiles with fullgraph=True, for training too; outputs and gradients stay."""
     model = build(family, torch.float32)
@@ -120,27 +117,33 @@ def test_compile_in_one_graph(family: str) -> None:
     same({name: before[name] for name in found}, found, 4 * EPS[torch.float32])
 
 
-@pytest.mark.parametrize("family", BREAKS)
-def test_compile_with_their_graph_breaks(family: str) -> None:
-    model = build(family, torch.float32)
-    mk.replace(model, strict=True)
-    before = run(model)
-    torch._dynamo.reset()
-    result = torch.compile(model, backend="aot_eager")(input_ids=tokens(), labels=tokens(), use_cache=False)
-    torch.testing.assert_close(result.logits.detach(), before["logits"], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("family", ["switch_transformers", "nllb_moe"])
-def test_compile_the_block_in_one_graph(family: str) -> None:
-    model = build(family)
-    block = model.encoder.block[1].layer[1].mlp if family.startswith("switch") else model.model.encoder.layers[1].ffn
+def test_compile_with_their_graph_breaks() -> None:
+    """JetMoE's router makes a Python list of counts: the graph breaks there and goes on behind it."""
+    block = build("jetmoe").model.layers[0].mlp
     mk.replace(block, strict=True)
-    x = torch.randn(2, 7, 32, dtype=torch.float64)
+    x = torch.randn(1, 5, 32, dtype=torch.float64)
     want = block(x)
-    (want_grad,) = torch.autograd.grad(want.sum(), block.experts["expert_1"].parameters().__next__())
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(block, backend="aot_eager")(x), want, rtol=1e-12, atol=1e-12)
+
+
+BLOCKS = {  # the rest of these models breaks the graph, or takes long
+    "switch_transformers": lambda model: model.encoder.block[1].layer[1].mlp,
+    "nllb_moe": lambda model: model.model.encoder.layers[1].ffn,
+    "longcat_flash": lambda model: model.model.layers[0].mlp,
+}
+
+
+@pytest.mark.parametrize("family", list(BLOCKS))
+def test_compile_the_block_in_one_graph(family: str) -> None:
+    block = BLOCKS[family](build(family))
+    mk.replace(block, strict=True)
+    x, weight = torch.randn(2, 7, 32, dtype=torch.float64), next(block.experts.parameters())
+    want = block(x)
+    (want_grad,) = torch.autograd.grad(want.sum(), weight)
     torch._dynamo.reset()
     got = torch.compile(block, fullgraph=True, backend="aot_eager")(x)
-    (got_grad,) = torch.autograd.grad(got.sum(), block.experts["expert_1"].parameters().__next__())
+    (got_grad,) = torch.autograd.grad(got.sum(), weight)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(got_grad, want_grad, rtol=1e-12, atol=1e-12)
 
