@@ -261,7 +261,8 @@ def replace(model: nn.Module, *, strict: bool = False) -> ReplaceReport:
         ReplaceReport: `taken` and `skipped`, one Entry a layer, and `ok`. Dense layers are not mentioned.
 
     Only layers of this model are switched. Where a layer outside of it (of a model built from the same config object,
-    or one that had to be skipped) shares the config, ours get a copy of the config, and the report says so.
+    or one that had to be skipped) shares the config, ours get a copy of the config until `restore`, and the report
+    says so: the model's own set_experts_implementation does not reach a copy.
     Experts held as one nn.Linear each are moved, layer by layer, into one block of memory, which takes room for one
     layer more meanwhile; `blocks/weights.py` says what a cast or move afterwards costs.
 

@@ -27,7 +27,7 @@ def linears(experts: Iterable[nn.Module], *names: str) -> list[nn.Module]:
             if type(layer) is not nn.Linear:
                 raise TypeError(
                     f"expert {number} holds a {type(layer).__name__} where a plain nn.Linear is wanted: merge or "
-                    "dequantise it first"
+                    "dequantise it first, or leave the layer to its own code (moe_kernels.restore)"
                 )
             found.append(layer)
     return found
