@@ -104,6 +104,8 @@ def test_inside_ddp(family: str, process_group: None) -> None:
 
     after = call()
     same({name: before[name] for name in after}, after, 2.0**-23 if family == "mixtral" else EPS)
+    assert mk.replace(torch.compile(wrapped)).taken[0].name == report.taken[0].name
+    assert mk.replace(nn.ModuleDict({"module": model})).taken[0].name == f"module.{report.taken[0].name}"
     first = next(model.parameters())
     torch.optim.SGD(model.parameters(), lr=0.1).step()
     moved = call()

@@ -26,7 +26,7 @@ from .experts import activation_name, fused_gate, local_weights
 from .hook import NAME, register
 
 _BEFORE = "_moe_kernels_before"
-_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _LOOKS_LIKE_MOE = re.compile(r"(Experts|MoE|Moe|MOE|MoeBlock|MoEBlock|MoELayer|MoeLayer|SparseMLP|CDMoE)$")
 
 
@@ -86,6 +86,17 @@ class _Layer:
     @property
     def done(self) -> bool:
         return self.entry.how.startswith("already")
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DDP, DataParallel and torch.compile, in any order."""
+    while True:
+        inner = model._modules.get("_orig_mod")
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
 
 
 def _name(name: str) -> str:
@@ -270,7 +281,7 @@ def replace(model: nn.Module, *, strict: bool = False) -> ReplaceReport:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"replace: model must be a torch.nn.Module, got {type(model).__name__}")
-    layers = list(_layers(model))
+    layers = list(_layers(_unwrapped(model)))
     report = _report(layers)
     if strict and not report.ok:
         raise ValueError(f"replace(strict=True) has changed nothing:\n{report}")
