@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -215,8 +215,8 @@ def test_both_import_orders(first: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_overhead_of_the_hook(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reading flags, weights and activation from the module costs less than 20 us over the op itself."""
+def test_the_hook_adds_few_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A count, as a time would depend on the machine; `bench/bench_hook.py` has the time."""
     module = tolerance.experts_modules(families.tiny_model("gpt_oss", hidden=32, width=32))[0]
     x, ids, weights = torch.randn(1, 32), torch.tensor([[0, 1]]), torch.rand(1, 2)
     said: list[Any] = []
@@ -224,16 +224,27 @@ def test_overhead_of_the_hook(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hf.experts.ops, "fused_experts", lambda *a, **o: said.append((a, o)) or op(*a, **o))
     hf.experts_forward(module, x, ids, weights)
     monkeypatch.undo()
-    (arguments, options), best = said[0], [1.0, 1.0]
+    arguments, options = said[0]
     with torch.no_grad():
-        for _ in range(2000):
-            for way, call in enumerate(
-                (lambda: op(*arguments, **options), lambda: hf.experts_forward(module, x, ids, weights))
-            ):
-                start = time.perf_counter()
-                call()
-                best[way] = min(best[way], time.perf_counter() - start)
-    assert best[1] - best[0] < 20e-6
+        direct = calls(lambda: op(*arguments, **options))
+        through = calls(lambda: hf.experts_forward(module, x, ids, weights))
+    assert 0 < through - direct <= 60  # gpt_oss, the class with the most to read, adds 41
+
+
+def calls(function: Callable[[], object]) -> int:
+    """How many Python and C functions a call enters."""
+    count = 0
+
+    def see(_frame: object, event: str, _argument: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(see)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return count
 
 
 def test_register_twice_and_unknown_name() -> None:
