@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.distributed.fsdp import fully_shard
 
+import moe_kernels as mk
 from moe_kernels import hf
 from moe_kernels.demo import families
 
@@ -73,3 +74,36 @@ def fails_on_one_rank(rank: int, folder: Path) -> None:
     if rank == 1:
         raise RuntimeError("rank 1 has had enough")
     torch.distributed.barrier()
+
+
+def small_model() -> torch.nn.Module:
+    """Two MoE layers with residuals, the same on every rank."""
+    torch.manual_seed(0)
+    words: dict[str, Any] = {"shared_intermediate_size": 12, "dtype": torch.float64}
+    words["router"] = mk.Router(scoring_func="sigmoid", correction_bias=True, num_expert_group=2, topk_group=1)
+    return torch.nn.Sequential(*(torch.nn.Sequential(mk.MoELayer(16, 12, 8, 2, **words)) for _ in range(2)))
+
+
+def step(model: torch.nn.Module, x: torch.Tensor) -> Tensors:
+    """Output, loss and all gradients by the names of the bare model."""
+    y = model(x)
+    loss = (y * torch.linspace(-1, 1, y.shape[-1], dtype=y.dtype)).square().mean()
+    loss.backward()
+    found = {"y": whole(y), "loss": whole(loss)}
+    found.update({n.removeprefix("module."): whole(p.grad) for n, p in model.named_parameters() if p.grad is not None})
+    return found
+
+
+def layer_fsdp(rank: int, folder: Path) -> Tensors:
+    """FSDP2 around MoELayer: parameters of every layer sharded over the ranks."""
+    model = small_model()
+    for layer in model:
+        fully_shard(layer)
+    fully_shard(model)
+    return step(model, torch.load(folder / "x.pt").chunk(2)[rank])
+
+
+def layer_ddp(rank: int, folder: Path) -> Tensors:
+    """DistributedDataParallel, without find_unused_parameters: every parameter gets a gradient in every step."""
+    model = torch.nn.parallel.DistributedDataParallel(small_model())
+    return step(model, torch.load(folder / "x.pt").chunk(2)[rank])
