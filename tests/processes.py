@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 
-def run(worker: str, folder: Path, *, world: int = 2, seconds: float = 150.0) -> list[Any]:
+def run(worker: str, folder: Path, *, world: int = 2, seconds: float = 300.0) -> list[Any]:
     """What `module:function` returned on every rank. A failed rank fails the test with its output, at once."""
     store = folder / "store"
     store.unlink(missing_ok=True)

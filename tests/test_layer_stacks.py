@@ -125,7 +125,7 @@ def test_compile_train_and_infer(name: str) -> None:
     assert tolerance.distance(y, expected[3].values["y"]) <= limit
     assert len(graphs) >= 2  # more where dynamo starts again with a float of the settings as a constant
     assert all(graph.count("moe_kernels.fused_experts.default") == 1 for graph in graphs)
-    assert all(graph.count("moe_kernels.route.default") == 1 for graph in graphs)
+    assert all("moe_kernels.route.default" in graph for graph in graphs)
 
 
 def test_compile_with_inductor() -> None:
