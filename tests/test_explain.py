@@ -173,6 +173,16 @@ def test_every_op_has_a_kernel_here(dtype: torch.dtype, monkeypatch: pytest.Monk
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"moe_kernels::{op}", "CPU")
 
 
+@pytest.mark.parametrize("name", mk.presets.names())
+def test_no_preset_falls_back_here(name: str) -> None:
+    """Forward and backward, every dtype, decode and prefill."""
+    p = mk.presets.get(name)
+    sizes = {"H": p.hidden_size, "I": p.intermediate_size, "E": p.num_experts, "K": p.top_k, "device": "cpu"}
+    for op in SCHEMAS:
+        for dtype in DTYPES:
+            assert not any(explain(op, T=T, dtype=dtype, **sizes).fallback for T in (1, 4096))
+
+
 def test_a_build_without_kernels_falls_back_and_says_so(tmp_path: Path) -> None:
     """The same reason in the explanation and in the warning of the op that really ran."""
     package = Path(mk.__file__).parent
