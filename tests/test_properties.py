@@ -51,12 +51,16 @@ def test_combine_of_dispatch_is_identity(case, align):
 def test_permuting_the_tokens_permutes_the_result(case):
     ids, E, seed = case
     g = torch.Generator().manual_seed(seed)
-    x, weights = torch.randn(len(ids), 6, generator=g), torch.rand(ids.shape, generator=g)
-    w13, w2 = torch.randn(E, 8, 6, generator=g), torch.randn(E, 6, 4, generator=g)
+    x, w13, w2, weights = small_integers(ids, E, g)
     order = torch.randperm(len(ids), generator=g)
-    y = mk.fused_experts(x, w13, w2, weights, ids)
-    moved = mk.fused_experts(x[order], w13, w2, weights[order], ids[order])
-    torch.testing.assert_close(moved, y[order], rtol=1e-5, atol=1e-4)  # tiles hold other rows: rounding only
+    y = mk.fused_experts(x, w13, w2, weights, ids, activation="relu")
+    assert torch.equal(mk.fused_experts(x[order], w13, w2, weights[order], ids[order], activation="relu"), y[order])
+
+
+def small_integers(ids, E, g):
+    """x, w13, w2, topk_weights in which every sum is exact in float32, so that its order does not matter."""
+    sizes = (len(ids), 6), (E, 8, 6), (E, 6, 4), ids.shape
+    return [torch.randint(-3, 4, size, generator=g).float() for size in sizes]
 
 
 @given(routed())
@@ -64,11 +68,10 @@ def test_absent_slots_can_be_left_out(case):
     """A slot with weight 0 of a live expert gives what an absent slot gives."""
     ids, E, seed = case
     g = torch.Generator().manual_seed(seed)
-    x, weights = torch.randn(len(ids), 6, generator=g), torch.rand(ids.shape, generator=g)
-    w13, w2 = torch.randn(E, 8, 6, generator=g), torch.randn(E, 6, 4, generator=g)
+    x, w13, w2, weights = small_integers(ids, E, g)
     gone = (ids < 0) | (ids >= E)
-    zero = mk.fused_experts(x, w13, w2, torch.where(gone, 0.0, weights), torch.where(gone, 0, ids))
-    torch.testing.assert_close(zero, mk.fused_experts(x, w13, w2, weights, ids), rtol=1e-5, atol=1e-4)
+    zero = mk.fused_experts(x, w13, w2, torch.where(gone, 0.0, weights), torch.where(gone, 0, ids), activation="relu")
+    assert torch.equal(zero, mk.fused_experts(x, w13, w2, weights, ids, activation="relu"))
 
 
 @given(st.integers(0, 12), st.integers(1, 40), st.data())
@@ -80,7 +83,8 @@ def test_route_of_any_logits(T, E, data):
     got = mk.route(logits, K, scoring_func=scoring)
     assert got.topk_weights.isfinite().all()
     assert got.topk_weights.ge(0).all()
-    assert got.topk_weights.sum(-1).le(1 + 1e-5 * K).all()
+    rounding = (K + 2) * torch.finfo(torch.float32).eps  # of the sum of K that divides, and of each quotient
+    assert got.topk_weights.double().sum(-1).le(1 + rounding).all()
     assert all(len(set(row)) == K and min(row) >= 0 and max(row) < E for row in got.topk_ids.tolist())
     assert int(got.tokens_per_expert.sum()) == T * K
 
