@@ -70,6 +70,14 @@ def count(op: str, name: str, value: Any, low: int, high: int | None = None, mea
         refuse(op, name, f"{low} or more" if high is None else f"in {low}..{meaning}{high}", str(value))
 
 
+def group(op: str, value: Any) -> None:
+    """Refuses what names no group of tokens."""
+    if value not in ("batch", "sequence"):
+        if isinstance(value, str):
+            refuse(op, "group", '"batch", "sequence" or a number of tokens', repr(value))
+        count(op, "group", value, 1)
+
+
 def plain_weight(op: str, name: str, w: Any) -> Tensor:
     """A weight as an ordinary floating tensor: a DTensor gives this rank's part; quantised ones are refused."""
     if type(w) is Parameter or type(w) is Tensor:

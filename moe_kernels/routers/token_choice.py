@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import check, ops
-from .ops import Routing
-from .schemas import SCORING, acc_dtype
+from .. import check, draws, ops
+from ..ops import Routing
+from ..schemas import SCORING, acc_dtype
 
 RouterFn = Callable[[Tensor, Tensor, int], "Routing | tuple[Tensor, Tensor]"]
 
@@ -34,8 +34,18 @@ def changed(settings: Any) -> str:
     return f"{type(settings).__name__}({', '.join(f'{name}={value}' for name, value in shown)})"
 
 
+class RouterSettings:
+    """Settings of a router, without its sizes; they build the gate of a layer."""
+
+    def __repr__(self) -> str:
+        return changed(self)
+
+    def gate(self, hidden_size: int, num_experts: int, top_k: int, **place: Any) -> Gate:
+        raise NotImplementedError
+
+
 @dataclass(frozen=True, kw_only=True, repr=False)
-class Router:
+class Router(RouterSettings):
     """Token-choice routing without its sizes. The first nine fields are those of `route`, by the same names.
 
     Errors: TypeError, ValueError for values that fit no layer; `Gate` refuses what does not fit its sizes.
@@ -58,6 +68,12 @@ class Router:
     """the weight multiplies the expert's input instead of its output (Llama 4)"""
     input_jitter: float = 0.0
     """eps: in training the router's input is multiplied by uniform draws of [1 - eps, 1 + eps) (Switch)"""
+    logit_noise_std: float = 0.0
+    """in training the logits get noise of N(0, std)"""
+    gumbel_noise: float = 0.0
+    """in training the logits get this times Gumbel noise: with 1 and K = 1, experts are drawn by their probability"""
+    second_threshold: float | None = None
+    """K = 2, in training: the second expert is taken with probability weight / threshold, at most 1 (GShard: 0.5)"""
     dtype: str = "float32"
     """the logits' product in "float32" (float64 stays float64), or in the dtype of the "input" """
     token_table: Tensor | int | None = dataclasses.field(default=None, compare=False)
@@ -69,6 +85,11 @@ class Router:
         check.choice("Router", "dtype", self.dtype, ("float32", "input"))
         if not 0 <= self.input_jitter < 1:
             check.refuse("Router", "input_jitter", "in 0..1, 1 excluded", str(self.input_jitter))
+        for name in ("logit_noise_std", "gumbel_noise"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                check.refuse("Router", name, "0 (off) or positive", str(getattr(self, name)))
+        if self.second_threshold is not None and not 0 < self.second_threshold <= 1:
+            check.refuse("Router", "second_threshold", "in 0..1, 0 excluded", str(self.second_threshold))
         if not (math.isfinite(self.logit_softcap) and self.logit_softcap >= 0):
             check.refuse("Router", "logit_softcap", "0 (off) or positive", str(self.logit_softcap))
         if self.token_table is None:
@@ -78,8 +99,8 @@ class Router:
         if self.num_expert_group not in (None, 1) or self.correction_bias:
             check.refuse("Router", "token_table", "alone: it makes the choice, not groups or a bias", repr(self))
 
-    def __repr__(self) -> str:
-        return changed(self)
+    def gate(self, hidden_size: int, num_experts: int, top_k: int, **place: Any) -> Gate:
+        return Gate(hidden_size, num_experts, top_k, self, **place)
 
     def options(self) -> dict[str, Any]:
         """The keyword arguments of `route`."""
@@ -106,6 +127,13 @@ class Gate(nn.Module):
     Errors: TypeError, ValueError for sizes that the router's settings do not fit, worded by `route`.
     """
 
+    wants: tuple[str, ...] = ()
+    """what `forward` takes beside its usual arguments: of sequence_length, position_ids"""
+    own_balance = False
+    """the rule fixes how many tokens an expert gets: neither balance losses nor a capacity go with it"""
+    has_logits = True
+    """False: there are no logits to lose, mask or measure"""
+
     def __init__(self, hidden_size: int, num_experts: int, top_k: int, router: Router | RouterFn | None = None, *,
                  device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:  # fmt: skip
         super().__init__()
@@ -116,6 +144,9 @@ class Gate(nn.Module):
         self.settings = router if isinstance(router, Router) else Router()
         self.num_experts, self.top_k = num_experts, top_k
         self.router_fn: RouterFn | None = custom
+        self.draws, self.expert_dropout = draws.Draws(), 0.0
+        if self.settings.second_threshold is not None and top_k != 2:
+            check.refuse("Gate", "top_k", "2 with a second_threshold", str(top_k))
         ops.route(torch.empty(0, num_experts, device="meta"), top_k, **self.settings.options())  # do the sizes fit?
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(num_experts, device=device, dtype=dtype)) if self.settings.bias else None
@@ -157,16 +188,36 @@ class Gate(nn.Module):
         return f"{self.weight.shape[1]} -> {self.num_experts}, top_k={self.top_k}, {self.router_fn or self.settings}"
 
     def logits(self, x: Tensor) -> Tensor:
-        """x [T, H] -> [T, E], with jitter in training, in the precision of the settings."""
+        """x [T, H] -> [T, E] in the precision of the settings; in training with jitter, noise and expert dropout."""
         if self.training and self.settings.input_jitter > 0:
-            eps = self.settings.input_jitter
-            x = x * torch.empty_like(x, dtype=acc_dtype(x.dtype)).uniform_(1 - eps, 1 + eps)
+            u = draws.uniform(self.draws.key(draws.JITTER), *x.shape, device=x.device, dtype=acc_dtype(x.dtype))
+            x = x * (1 + self.settings.input_jitter * (2 * u - 1))
+        return self._mask(self._noisy(self._product(x)))
+
+    def _product(self, x: Tensor) -> Tensor:
         if self.settings.dtype == "input":
             return F.linear(x, self.weight, self.bias)
         acc, kind = acc_dtype(x.dtype), x.device.type
         mixed = not x.is_meta and torch.is_autocast_enabled(kind)
         with torch.autocast(kind, enabled=False) if mixed else contextlib.nullcontext():
             return F.linear(x.to(acc), self.weight.to(acc), None if self.bias is None else self.bias.to(acc))
+
+    def _noisy(self, logits: Tensor) -> Tensor:
+        rule = self.settings
+        if not self.training or not (rule.logit_noise_std or rule.gumbel_noise):
+            return logits
+        kind, scale = (draws.normal, rule.logit_noise_std) if rule.logit_noise_std else (draws.gumbel, rule.gumbel_noise)
+        noise = kind(self.draws.key(draws.NOISE), *logits.shape, device=logits.device, dtype=acc_dtype(logits.dtype))
+        return logits + (scale * noise).to(logits.dtype)
+
+    def _mask(self, logits: Tensor) -> Tensor:
+        """Expert dropout: -inf for the experts that a whole step does without."""
+        if not self.training or not self.expert_dropout:
+            return logits
+        u = draws.uniform(self.draws.key(draws.EXPERT), self.num_experts, device=logits.device)
+        groups, limit = self.settings.num_expert_group or 1, self.settings.topk_group or 1
+        alive = revive(u >= self.expert_dropout, -(-self.top_k // limit), groups)
+        return torch.where(alive, logits, -math.inf)
 
     def forward(
         self, x: Tensor, *, padding_mask: Tensor | None = None, token_ids: Tensor | None = None
@@ -179,7 +230,11 @@ class Gate(nn.Module):
             return logits, self._from_table(logits, padding_mask, token_ids)
         bias = self.e_score_correction_bias
         options = self.settings.options()
-        return logits, ops.route(logits, self.top_k, e_score_correction_bias=bias, padding_mask=padding_mask, **options)
+        found = ops.route(logits, self.top_k, e_score_correction_bias=bias, padding_mask=padding_mask, **options)
+        if self.training and self.settings.second_threshold is not None:
+            u = draws.uniform(self.draws.key(draws.SECOND), x.shape[0], device=x.device, dtype=found.topk_weights.dtype)
+            found = sample_second(found, u, self.settings.second_threshold)
+        return logits, found
 
     def _from_table(self, logits: Tensor, padding_mask: Tensor | None, token_ids: Tensor | None) -> Routing:
         """The ids of the table, in its order; the weights are those of `route` over these K experts alone."""
@@ -223,6 +278,21 @@ def count_experts(topk_ids: Tensor, num_experts: int) -> Tensor:
     ids = torch.where(topk_ids < 0, num_experts, topk_ids).flatten().long()
     counts = torch.zeros(num_experts + 1, dtype=torch.int32, device=ids.device)
     return counts.scatter_add(0, ids, torch.ones_like(ids, dtype=torch.int32))[:num_experts]
+
+
+def sample_second(routing: Routing, u: Tensor, threshold: float = 0.5) -> Routing:
+    """GShard: the second expert stays where weight / threshold > u; u [T] in [0, 1). One that does not has id -1."""
+    w, ids = routing.topk_weights, routing.topk_ids
+    keep = torch.stack([torch.ones_like(u, dtype=torch.bool), w[:, 1].detach() > threshold * u], 1)
+    ids, w = torch.where(keep, ids, -1), torch.where(keep, w, 0.0)
+    return Routing(w, ids, count_experts(ids, routing.tokens_per_expert.shape[0]), routing.lse, routing.dropped)
+
+
+def revive(alive: Tensor, least: int, groups: int = 1) -> Tensor:
+    """alive bool [E], with the first dropped experts brought back until every group has `least` of them."""
+    rows = alive.reshape(groups, -1)
+    missing = (least - rows.sum(1, keepdim=True)).clamp(min=0)
+    return (rows | ((~rows).cumsum(1) <= missing)).flatten()
 
 
 INITS = ("normal", "fan_in", "zero_router")
