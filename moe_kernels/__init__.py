@@ -7,8 +7,9 @@ from ._version import __version__
 _build.load()
 
 from . import hf as _hf  # noqa: E402  the ops come after the library that implements them
-from . import interop, losses, presets, reference, routers  # noqa: E402
+from . import draws, interop, losses, presets, reference, routers  # noqa: E402
 from .capacity import Capacity, limit_capacity  # noqa: E402
+from .dropout import Dropout  # noqa: E402
 from .explain import Explanation, explain  # noqa: E402
 from .hf import ReplaceReport, replace, restore  # noqa: E402
 from .layers import MoELayer  # noqa: E402
@@ -29,6 +30,7 @@ _hf.install_hook()
 
 __all__ = [
     "Capacity",
+    "Dropout",
     "Explanation",
     "MoELayer",
     "PackedExperts",
@@ -37,6 +39,7 @@ __all__ = [
     "Router",
     "Routing",
     "__version__",
+    "draws",
     "explain",
     "fused_experts",
     "grouped_gemm",

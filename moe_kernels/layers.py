@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import check, ops, reference
-from .capacity import Capacity, limit_capacity
-from .losses import Loss, LossInputs, resolve
+from .capacity import Capacity
+from .dropout import Dropout
+from .losses import GlobalCounts, Loss, LossInputs, ZLoss, resolve
 from .ops import Routing
-from .routers import INITS, Gate, Router, RouterFn, count_experts, draw
+from .routers import INITS, Gate, RouterFn, RouterSettings, draw, make_gate
 from .schemas import ACTIVATIONS, acc_dtype
 
 
@@ -57,11 +58,14 @@ class Experts(nn.Module):
         E, H, I = self.w2.shape
         return f"{E} x ({H} -> {I} -> {H}), " + ", ".join(f"{k}={v}" for k, v in self.options.items() if v is not False)
 
-    def forward(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, weight_on_input: bool = False) -> Tensor:
-        """x [T, H], topk_weights [T, K], topk_ids [T, K] -> y [T, H]."""
+    def forward(
+        self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, weight_on_input: bool = False,
+        hidden_mask: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """x [T, H], topk_weights [T, K], topk_ids [T, K], hidden_mask [T, K, I] -> y [T, H]."""
         return ops.fused_experts(
             x, self.w13, self.w2, topk_weights, topk_ids, w13_bias=self.w13_bias, w2_bias=self.w2_bias,
-            apply_router_weight_on_input=weight_on_input, **self.options,
+            apply_router_weight_on_input=weight_on_input, hidden_mask=hidden_mask, **self.options,
         )  # fmt: skip
 
 
@@ -94,8 +98,9 @@ class MoELayer(nn.Module):
 
     Args:
         hidden_size, intermediate_size, num_experts, top_k: H, I, E, K.
-        router: a `Router`; or a callable (x [T, H], logits [T, E], top_k) -> Routing or (topk_weights, topk_ids); or a
+        router: a `Router` or other settings of `moe_kernels.routers`; or a callable (x [T, H], logits [T, E], top_k) -> Routing or (topk_weights, topk_ids); or a
             `Gate` that was built already.
+        num_identity_experts: Z experts more that return their input (LongCat's zero experts): ids E .. E+Z-1.
         activation, gated, interleaved, swiglu_limit, swiglu_alpha, recompute: as in `fused_experts`.
         bias: experts have biases.
         num_shared_experts: shared experts, of width I each. shared_intermediate_size: their whole width instead.
@@ -103,6 +108,7 @@ class MoELayer(nn.Module):
         experts: a module (x [T, H], topk_weights, topk_ids, weight_on_input) -> y [T, H], in place of `Experts`.
         shared_experts: a module x [T, H] -> y [T, H], in place of `SharedExperts`.
         capacity: a `Capacity`, a factor, or None: no token is dropped.
+        dropout: a `Dropout` of hidden units, experts or outputs, in training.
         losses: of `moe_kernels.losses`, or their names, or any callable LossInputs -> 0-d tensor. They are computed in
             every forward; a layer that only serves does without them, losses=().
         attach_losses: the backward of the output adds the gradient of aux_loss, with weight 1 whatever the output's own
@@ -117,11 +123,12 @@ class MoELayer(nn.Module):
 
     def __init__(
         self, hidden_size: int, intermediate_size: int, num_experts: int, top_k: int, *,
-        router: Router | RouterFn | Gate | None = None, activation: str = "silu", gated: bool = True,
-        bias: bool = False,
+        router: RouterSettings | RouterFn | Gate | None = None, num_identity_experts: int = 0, activation: str = "silu",
+        gated: bool = True, bias: bool = False,
         num_shared_experts: int = 0, shared_intermediate_size: int | None = None, shared_gate: bool = False,
         experts: nn.Module | None = None, shared_experts: nn.Module | None = None,
-        capacity: Capacity | float | None = None, losses: str | Loss | Iterable[str | Loss] = (),
+        capacity: Capacity | float | None = None, dropout: Dropout | None = None,
+        losses: str | Loss | Iterable[str | Loss] = (),
         attach_losses: bool = False, interleaved: bool = False, swiglu_limit: float = 7.0, swiglu_alpha: float = 1.702,
         recompute: bool = False, init: str = "normal", device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -130,7 +137,9 @@ class MoELayer(nn.Module):
         for name, value in (("hidden_size", hidden_size), ("intermediate_size", intermediate_size),
                             ("num_experts", num_experts)):  # fmt: skip
             check.count("MoELayer", name, value, 1)
-        check.count("MoELayer", "top_k", top_k, 1, num_experts, "num_experts=")
+        check.count("MoELayer", "num_identity_experts", num_identity_experts, 0)
+        choices = num_experts + num_identity_experts
+        check.count("MoELayer", "top_k", top_k, 1, choices, "num_experts=" if choices == num_experts else "choices=")
         check.count("MoELayer", "num_shared_experts", num_shared_experts, 0)
         check.choice("MoELayer", "activation", activation, ACTIVATIONS)
         check.choice("MoELayer", "init", init, INITS)
@@ -152,17 +161,37 @@ class MoELayer(nn.Module):
             check.refuse("MoELayer", "capacity", "a Capacity, a factor or None", check.got(capacity), TypeError)
         self.capacity = capacity
         self.losses = resolve("MoELayer", losses)
-        if not isinstance(router, Gate):
-            router = Gate(hidden_size, num_experts, top_k, router, **place)
+        router = make_gate(hidden_size, choices, top_k, router, **place)
         if experts is None:
             experts = Experts(hidden_size, intermediate_size, num_experts, bias=bias, interleaved=interleaved,
                               recompute=recompute, **rule, **place)  # fmt: skip
         self.router, self.experts = router, experts
+        self.num_experts, self.dropout, self.global_counts = num_experts, dropout, GlobalCounts()
+        self._check_combination()
         self.shared_experts: nn.Module | None = shared_experts
         self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False, **place) if shared_gate else None
         self.aux_loss: Tensor = torch.zeros(())
         self.last_routing: Routing | None = None
         self.reset_parameters()
+
+    def _check_combination(self) -> None:
+        """Refuses what has no meaning together."""
+        gate, rule = self.router, type(getattr(self.router, "rule", self.router)).__name__
+        if gate.own_balance and self.capacity is not None:
+            check.refuse("MoELayer", "capacity", f"None: {rule} itself fixes how many tokens an expert takes",
+                         repr(self.capacity))  # fmt: skip
+        unfit = [loss for loss in self.losses if not gate.has_logits or (gate.own_balance and type(loss) is not ZLoss)]
+        if unfit:
+            why = "balances its experts itself" if gate.own_balance else "has no gate to train"
+            check.refuse("MoELayer", "losses", f"without {type(unfit[0]).__name__}: {rule} {why}", repr(self.losses))
+        if self.dropout is None:
+            return
+        if self.dropout.expert and (not gate.has_logits or rule in ("Base", "TwoLevel")):
+            check.refuse("MoELayer", "dropout.expert", f"0: {rule} has no choice that could go to other experts",
+                         str(self.dropout.expert))  # fmt: skip
+        if self.dropout.inner and type(self.experts) is not Experts:
+            check.refuse("MoELayer", "dropout.inner", "0 with experts of your own", str(self.dropout.inner))
+        gate.expert_dropout = self.dropout.expert
 
     @classmethod
     def from_preset(cls, name: str, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None,
@@ -200,20 +229,40 @@ class MoELayer(nn.Module):
             elif (reset := getattr(module, "reset_parameters", None)) is not None:
                 reset()
 
-    def forward(self, x: Tensor, *, padding_mask: Tensor | None = None, token_ids: Tensor | None = None) -> Tensor:
-        """x floating [..., H], padding_mask bool [...] (True for a token), token_ids int [...] -> y [..., H].
+    def forward(
+        self, x: Tensor, *, padding_mask: Tensor | None = None, token_ids: Tensor | None = None,
+        position_ids: Tensor | None = None, protected: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """x floating [..., H] -> y [..., H].
 
-        Leading dimensions are free; where x has three or more, the second-last one is the sequence.
+        padding_mask bool [...] (True for a token); token_ids and position_ids int [...], for routers by token and by
+        position; protected bool [...], tokens that device-level dropping spares. Leading dimensions are free; where x
+        has three or more, the second-last one is the sequence.
         """
-        rows, mask, ids = self._flat(x, padding_mask, token_ids)
-        logits, chosen = self.router(rows, padding_mask=mask, token_ids=ids)
+        rows = self._rows(x)
+        mask = _flat("padding_mask", padding_mask, check.BOOL, x)
+        if mask is not None:  # masked rows are 0, so that nothing of them reaches anything
+            rows = torch.where(mask[:, None], rows, 0.0)
         length = x.shape[-2] if x.dim() >= 3 else None
-        aux = self._aux_loss(LossInputs(logits, chosen, self.router.settings, length, mask))
-        routing = chosen if self.capacity is None else self._limit(chosen, length)
-        weights = routing.topk_weights
+        known = {"sequence_length": length, "position_ids": _flat("position_ids", position_ids, check.IDS, x)}
+        ids = _flat("token_ids", token_ids, check.IDS, x)
+        found = self.router(rows, padding_mask=mask, token_ids=ids, **{name: known[name] for name in self.router.wants})
+        logits, chosen = found[:2]
+        counts = self.global_counts if self.training else None
+        inputs = LossInputs(logits, chosen, self.router.settings, length, mask, *_noise(found), counts)
+        aux = self._aux_loss(inputs)
+        routing = chosen
+        if self.capacity is not None:
+            scores = None
+            if self.capacity.drop_policy == "device":
+                scores = inputs.scores().detach().gather(1, chosen.topk_ids.clamp(min=0).long())
+            spared = _flat("protected", protected, check.BOOL, x)
+            routing = self.capacity.limit(chosen, sequence_length=length, training=self.training, scores=scores,
+                                          protected=spared, counters=self.router.draws)  # fmt: skip
         if self.attach_losses:
-            weights = _Attach.apply(weights, aux)  # type: ignore[no-untyped-call]
-        y = self.experts(rows, weights, routing.topk_ids, self.router.settings.weight_on_input)
+            attached = _Attach.apply(routing.topk_weights, aux)  # type: ignore[no-untyped-call]
+            routing = routing._replace(topk_weights=attached)
+        y = self._experts(rows, routing)
         if self.shared_experts is not None:
             shared = self.shared_experts(rows)
             if self.shared_expert_gate is not None:
@@ -224,51 +273,56 @@ class MoELayer(nn.Module):
             self.last_routing = Routing._make(None if t is None else t.detach() for t in routing)
         return y.reshape(x.shape)  # type: ignore[no-any-return]
 
-    def _flat(
-        self, x: Tensor, padding_mask: Tensor | None, token_ids: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Rows [T, H], mask [T] and ids [T]; masked rows are 0, so that nothing of them reaches anything."""
+    def _rows(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor) or x.dtype not in check.FLOATS or x.dim() == 0 or x.shape[-1] != self.hidden_size:
             check.refuse("MoELayer", "x", f"floating [..., H={self.hidden_size}]", check.got(x),
                          ValueError if isinstance(x, Tensor) and x.dtype in check.FLOATS else TypeError)  # fmt: skip
-        rows = x.reshape(-1, self.hidden_size)
-        sizes = [("...", n) for n in x.shape[:-1]]
-        if token_ids is not None:
-            check.tensor("MoELayer", "token_ids", token_ids, check.IDS, sizes, x.device)
-            token_ids = token_ids.reshape(-1)
-        if padding_mask is not None:
-            check.tensor("MoELayer", "padding_mask", padding_mask, check.BOOL, sizes, x.device)
-            padding_mask = padding_mask.reshape(-1)
-            rows = torch.where(padding_mask[:, None], rows, 0.0)
-        return rows, padding_mask, token_ids
+        return x.reshape(-1, self.hidden_size)
+
+    def _experts(self, rows: Tensor, routing: Routing) -> Tensor:
+        """The routed experts and the identity ones, with dropout in training."""
+        weights, ids, options = routing.topk_weights, routing.topk_ids, {}
+        if self.training and self.dropout is not None:
+            if self.dropout.output:
+                ids = self.dropout.output_ids(self.router.draws, ids)
+            if self.dropout.inner:
+                width, acc = self.experts.w2.shape[2], acc_dtype(rows.dtype)
+                options["hidden_mask"] = self.dropout.hidden_mask(self.router.draws, ids, width, acc)
+        E = self.num_experts
+        if self.router.num_experts == E or type(self.experts) is not Experts:  # experts of one's own know what ids mean
+            return self.experts(rows, weights, ids, self.router.settings.weight_on_input, **options)  # type: ignore[no-any-return]
+        through = torch.where(ids >= E, weights, 0.0).sum(1, keepdim=True)
+        ids = torch.where(ids < E, ids, -1)
+        y = self.experts(rows, weights, ids, self.router.settings.weight_on_input, **options)
+        return (y + through * rows).to(y.dtype)  # type: ignore[no-any-return]
 
     def _aux_loss(self, inputs: LossInputs) -> Tensor:
         if not self.losses:
             return inputs.logits.new_zeros((), dtype=acc_dtype(inputs.logits.dtype))
         return torch.stack([loss(inputs) for loss in self.losses]).sum()
 
-    def _limit(self, routing: Routing, length: int | None) -> Routing:
-        """The routing with the slots taken out that exceed the capacity of their expert."""
-        assert self.capacity is not None
-        (T, K), E, rule = routing.topk_ids.shape, self.router.num_experts, self.capacity
-        if rule.group == "sequence" and length is None:
-            check.refuse("MoELayer", "x", 'at least 3-D with capacity.group="sequence"', "2-D")
-        tokens: Any = T if rule.group == "batch" else length if rule.group == "sequence" else rule.group
-        slots = rule.slots(tokens, K, E, self.training)
-        dropped = limit_capacity(routing.topk_ids, E, slots, group_size=torch.sym_max(tokens, 1))
-        ids, weights = torch.where(dropped, -1, routing.topk_ids), torch.where(dropped, 0.0, routing.topk_weights)
-        if rule.renormalize_after_drop:
-            kept, whole = weights.sum(-1, keepdim=True), routing.topk_weights.sum(-1, keepdim=True)
-            weights = weights * torch.where(kept > 0, whole / torch.where(kept > 0, kept, 1.0), 1.0)
-        return Routing(weights, ids, count_experts(ids, E), routing.lse, dropped)
-
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle: what the last forward left behind stays here."""
         return self.__dict__ | {"aux_loss": torch.zeros(()), "last_routing": None}
 
     def extra_repr(self) -> str:
-        facts = {"capacity": self.capacity, "losses": self.losses, "attach_losses": self.attach_losses}
+        facts = {"capacity": self.capacity, "dropout": self.dropout, "losses": self.losses,
+                 "attach_losses": self.attach_losses}  # fmt: skip
         return ", ".join(f"{name}={value}" for name, value in facts.items() if value)
+
+
+def _flat(name: str, t: Tensor | None, kinds: frozenset[torch.dtype], x: Tensor) -> Tensor | None:
+    """An argument with one value a token: [...] -> [T]."""
+    if t is None:
+        return None
+    check.tensor("MoELayer", name, t, kinds, [("...", n) for n in x.shape[:-1]], x.device)
+    return t.reshape(-1)
+
+
+def _noise(found: tuple[Any, ...]) -> tuple[Tensor | None, Tensor | None]:
+    """The standard deviation and the noisy logits that a noisy gate returns beside the rest."""
+    noise = found[2] if len(found) > 2 else None
+    return (None, None) if noise is None else (noise.std, noise.noisy_logits)
 
 
 class _Attach(torch.autograd.Function):

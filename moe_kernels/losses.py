@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from .ops import Routing
 from .routers import Router
 from .schemas import acc_dtype
 
-SCOPES = ("micro_batch", "sequence")
+SCOPES = ("micro_batch", "sequence", "global_batch")
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +40,8 @@ class LossInputs:
     """[T, E] standard deviation of the noise that was added to the logits"""
     noisy_logits: Tensor | None = None
     """[T, E] the logits that were chosen from"""
+    global_counts: GlobalCounts | None = None
+    """of the layer: what the scope "global_batch" adds to"""
 
     def scores(self) -> Tensor:
         """acc [T, E]: what the score function makes of the logits."""
@@ -90,6 +93,38 @@ class LossInputs:
 Loss = Callable[[LossInputs], Tensor]
 
 
+class GlobalCounts:
+    """A layer's slots of every expert since the last optimizer step, over all ranks (arXiv 2501.11873).
+
+    A forward inside a backward is a recomputation: it sees the same counts and adds nothing.
+    """
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+        """float64 [E+1], the tokens last"""
+        self.group: Any = None
+        """the process group of the data-parallel ranks; None: all ranks"""
+
+    def reset(self) -> None:
+        """A new optimizer step begins."""
+        self.total = None
+
+    def add(self, counts: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """counts acc [1, E], tokens acc [1, 1] of this forward -> those of the step so far."""
+        if self.total is None or not recomputing():
+            seen = torch.cat([counts, tokens], 1)[0].detach().double()
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.all_reduce(seen, group=self.group)
+            self.total = seen if self.total is None else self.total + seen
+        whole = self.total.to(counts.dtype)
+        return whole[None, :-1], whole[None, -1:]
+
+
+def recomputing() -> bool:
+    """Whether this is a forward inside a backward, as activation checkpointing runs it."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 @dataclass(frozen=True)
 class Switch:
     """coef * E * sum_i f_i P_i, f_i = slots_i / (K T). Fedus et al. 2021, eq. 4. Balanced: coef."""
@@ -98,14 +133,18 @@ class Switch:
     divide_by_k: bool = True
     """False: f_i = slots_i / T, as Hugging Face and flaxformer have it; balanced: coef * K"""
     scope: str = "micro_batch"
-    """"micro_batch", or "sequence": a mean over sequences"""
+    """of f: "micro_batch"; "sequence", a mean over sequences; or "global_batch": slots of all ranks and of all
+    micro-batches since the last `Balance.step`, P of this one (arXiv 2501.11873)"""
 
     def __post_init__(self) -> None:
         check.choice("Switch", "scope", self.scope, SCOPES)
 
     def __call__(self, inputs: LossInputs) -> Tensor:
         E, ids = inputs.logits.shape[1], inputs.routing.topk_ids
-        f = inputs.counts(ids, self.scope) / inputs.valid(self.scope) / (ids.shape[1] if self.divide_by_k else 1)
+        slots, tokens = inputs.counts(ids, self.scope), inputs.valid(self.scope)
+        if self.scope == "global_batch" and inputs.global_counts is not None:  # None: not in training
+            slots, tokens = inputs.global_counts.add(slots, tokens)
+        f = slots / tokens / (ids.shape[1] if self.divide_by_k else 1)
         P = inputs.mean(inputs.probabilities(), self.scope)
         return self.coef * E * inputs.over_groups((f * P).sum(1), self.scope)
 
