@@ -7,7 +7,8 @@ from ._version import __version__
 _build.load()
 
 from . import hf as _hf  # noqa: E402  the ops come after the library that implements them
-from . import draws, interop, losses, presets, reference, routers  # noqa: E402
+from . import balance, draws, interop, losses, presets, reference, routers  # noqa: E402
+from .balance import Balance, Reinit  # noqa: E402
 from .capacity import Capacity, limit_capacity  # noqa: E402
 from .dropout import Dropout  # noqa: E402
 from .explain import Explanation, explain  # noqa: E402
@@ -29,16 +30,19 @@ from .routers import Router  # noqa: E402
 _hf.install_hook()
 
 __all__ = [
+    "Balance",
     "Capacity",
     "Dropout",
     "Explanation",
     "MoELayer",
     "PackedExperts",
     "Permuted",
+    "Reinit",
     "ReplaceReport",
     "Router",
     "Routing",
     "__version__",
+    "balance",
     "draws",
     "explain",
     "fused_experts",

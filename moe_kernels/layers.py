@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from . import check, ops, reference
 from .capacity import Capacity
 from .dropout import Dropout
-from .losses import GlobalCounts, Loss, LossInputs, ZLoss, resolve
+from .losses import GlobalCounts, Load, Loss, LossInputs, ZLoss, resolve
 from .ops import Routing
 from .routers import INITS, Gate, RouterFn, RouterSettings, draw, make_gate
 from .schemas import ACTIVATIONS, acc_dtype
@@ -184,6 +184,9 @@ class MoELayer(nn.Module):
         if unfit:
             why = "balances its experts itself" if gate.own_balance else "has no gate to train"
             check.refuse("MoELayer", "losses", f"without {type(unfit[0]).__name__}: {rule} {why}", repr(self.losses))
+        if any(isinstance(loss, Load) for loss in self.losses) and rule != "NoisyTopK":
+            check.refuse("MoELayer", "losses", "without Load: only the noise of NoisyTopK gives a load that has a gradient",
+                         repr(self.losses))  # fmt: skip
         if self.dropout is None:
             return
         if self.dropout.expert and (not gate.has_logits or rule in ("Base", "TwoLevel")):

@@ -259,23 +259,31 @@ class Importance:
 class Load:
     """coef * CV^2 of the experts' smooth load under noisy gating. Shazeer et al. 2017, eq. 8-11.
 
-    Errors: ValueError where the router adds no noise: the load would be a count, which has no gradient.
+    A layer refuses it with any other router: without noise the load is a count, which has no gradient.
     """
 
     coef: float = 0.1
 
     def __call__(self, inputs: LossInputs) -> Tensor:
-        noisy, std = inputs.noisy_logits, inputs.noise_std
-        if noisy is None or std is None:
-            raise ValueError("Load: needs the noise of noisy gating, but this router adds none: choose importance")
-        K, E = inputs.routing.topk_ids.shape[1], inputs.logits.shape[1]
-        if K == E:
-            return self.coef * squared_cv(inputs.counts(inputs.routing.topk_ids, "micro_batch")[0])
-        best = noisy.sort(dim=-1, descending=True, stable=True).values
-        inside = noisy >= best[:, K - 1 : K]
-        threshold = torch.where(inside, best[:, K : K + 1], best[:, K - 1 : K])
-        p = torch.special.ndtr((inputs.logits - threshold) / std)
-        return self.coef * squared_cv(inputs.mean(p, "micro_batch")[0] * inputs.valid("micro_batch")[0])
+        return self.coef * squared_cv(smooth_load(inputs))
+
+
+def smooth_load(inputs: LossInputs) -> Tensor:
+    """acc [E]: sum over tokens of the chance that an expert is among the K best if only its own noise is drawn anew.
+
+    Shazeer et al. 2017, equations 8-10. With K = E, and without noise as in evaluation, it is a count.
+    """
+    noisy, std = inputs.noisy_logits, inputs.noise_std
+    (T, K), E = inputs.routing.topk_ids.shape, inputs.logits.shape[1]
+    if noisy is None or std is None or K == E:
+        return inputs.counts(inputs.routing.topk_ids, "micro_batch")[0]
+    best = noisy.topk(K + 1, dim=-1)  # only values are used: ties do not matter
+    ids = inputs.routing.topk_ids.long()
+    inside = torch.zeros((T, E + 1), dtype=torch.bool, device=ids.device)
+    inside = inside.scatter(1, torch.where(ids < 0, E, ids), True)[:, :E]
+    threshold = torch.where(inside, best.values[:, K:], best.values[:, K - 1 : K])
+    p = torch.special.ndtr((inputs.logits - threshold) / std)
+    return inputs.mean(p, "micro_batch")[0] * inputs.valid("micro_batch")[0]
 
 
 def squared_cv(t: Tensor) -> Tensor:

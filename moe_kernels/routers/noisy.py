@@ -65,8 +65,14 @@ class NoisyGate(Gate):
             return logits, ops.route(logits, self.top_k, padding_mask=padding_mask), None
         acc = acc_dtype(x.dtype)
         with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
-            std = F.softplus(F.linear(x.to(acc), self.noise_weight.to(acc))) + self.rule.noise_eps
+            raw = F.linear(x.to(acc), self.noise_weight.to(acc))
         n = draws.normal(self.draws.key(draws.NOISE), *logits.shape, device=x.device, dtype=acc)
-        noisy = logits + n * std
-        routing = ops.route(self._mask(noisy), self.top_k, padding_mask=padding_mask)
-        return logits, routing, Noise(noisy, std)
+        noise = add_noise(logits, raw, n, self.rule.noise_eps)
+        routing = ops.route(self._mask(noise.noisy_logits), self.top_k, padding_mask=padding_mask)
+        return logits, routing, noise
+
+
+def add_noise(logits: Tensor, raw: Tensor, n: Tensor, eps: float) -> Noise:
+    """Clean logits, x Wn and normal draws, all [T, E] -> the noisy logits and the deviation of their noise."""
+    std = F.softplus(raw) + eps
+    return Noise(logits + n * std, std)
