@@ -7,9 +7,9 @@
         optimizer.step(); optimizer.zero_grad()
         balance.step()
 
-`step` moves the selection biases of the layers that have one (DeepSeek-V3), revives dead experts where asked, and starts
-a new step for random draws and for losses over the global batch. Counts are those of the experts that were chosen, before
-any drop, over all micro-batches and ranks; recomputed forwards and evaluation are not counted.
+`step` moves the selection biases of the layers that have one (DeepSeek-V3), revives dead experts where asked, and
+starts a new step for random draws and for losses over the global batch. Counts are those of the experts that were
+chosen, before any drop, over all micro-batches and ranks; recomputed forwards and evaluation are not counted.
 """
 
 from __future__ import annotations

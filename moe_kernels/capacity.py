@@ -91,7 +91,6 @@ class Capacity:
         most = torch.sym_max(tokens, 1)  # sym_: tokens may be symbolic under torch.compile
         return torch.sym_min(torch.sym_max(capacity, self.min_capacity), most)  # type: ignore[no-any-return]
 
-
     def _rounded(self, share: float) -> int:
         capacity = math.ceil(share) if self.rounding == "ceil" else math.floor(share)
         return round(share) if self.rounding == "round" else capacity
@@ -115,7 +114,7 @@ class Capacity:
             dropped = self._beyond_budget(routing.topk_ids, affinity.detach(), E, size, protected)  # type: ignore[arg-type]
         else:
             slots = self.slots(size, K, E, training)  # type: ignore[arg-type]
-            dropped = self._late(routing, slots, torch.sym_max(size, 1), counters)  # type: ignore[no-untyped-call]
+            dropped = self._late(routing, slots, torch.sym_max(size, 1), counters)
         ids, weights = torch.where(dropped, -1, routing.topk_ids), torch.where(dropped, 0.0, routing.topk_weights)
         if self.renormalize_after_drop:
             kept, whole = weights.sum(-1, keepdim=True), routing.topk_weights.sum(-1, keepdim=True)

@@ -35,15 +35,16 @@ def uniform(key: Tensor, *sizes: int, device: torch.device | str | None = None,
             dtype: torch.dtype = torch.float32) -> Tensor:  # fmt: skip
     """[*sizes] in [0, 1), multiples of 2^-24: the same numbers in float32 and float64."""
     bits = key
-    for size in sizes:
-        bits = splitmix64(bits[..., None] ^ torch.arange(size, device=device))
+    for size in sizes:  # a key without a dimension may be on the CPU whatever the device
+        bits = splitmix64((bits[..., None] if bits.dim() else bits) ^ torch.arange(size, device=device))
     return _shifted(bits, 40).to(dtype) * 2.0**-24
 
 
 def normal(key: Tensor, *sizes: int, device: torch.device | str | None = None,
            dtype: torch.dtype = torch.float32) -> Tensor:  # fmt: skip
     """[*sizes] of N(0, 1), at most 5.4 deviations out."""
-    return torch.special.ndtri(uniform(key, *sizes, device=device, dtype=dtype) + 2.0**-25)
+    u = uniform(key, *sizes, device=device, dtype=dtype)
+    return torch.special.ndtri(u + 2.0**-25)  # type: ignore[no-any-return]
 
 
 def gumbel(key: Tensor, *sizes: int, device: torch.device | str | None = None,
@@ -76,7 +77,7 @@ def set_step(model: nn.Module, step: int, *, seed: int = 0) -> int:
     Layers are numbered in the order of `model.modules()`. Every micro-batch of a step, and every rank of the same seed,
     draws the same for the same token index. Returns the number of layers.
     """
-    found = [m.draws for m in model.modules() if isinstance(getattr(m, "draws", None), Draws)]
+    found = [d for m in model.modules() if isinstance(d := getattr(m, "draws", None), Draws)]
     for layer, draws in enumerate(found):
         draws.seed, draws.layer = seed, layer
         if draws.step is None:

@@ -98,8 +98,8 @@ class MoELayer(nn.Module):
 
     Args:
         hidden_size, intermediate_size, num_experts, top_k: H, I, E, K.
-        router: a `Router` or other settings of `moe_kernels.routers`; or a callable (x [T, H], logits [T, E], top_k) -> Routing or (topk_weights, topk_ids); or a
-            `Gate` that was built already.
+        router: settings of `moe_kernels.routers`, a `Router` or another; or a callable (x [T, H], logits [T, E], top_k)
+            -> Routing or (topk_weights, topk_ids); or a `Gate` that was built already.
         num_identity_experts: Z experts more that return their input (LongCat's zero experts): ids E .. E+Z-1.
         activation, gated, interleaved, swiglu_limit, swiglu_alpha, recompute: as in `fused_experts`.
         bias: experts have biases.
@@ -154,7 +154,8 @@ class MoELayer(nn.Module):
             shared_experts = SharedExperts(hidden_size, width, **rule, **place)
         if shared_gate and shared_experts is None:
             check.refuse("MoELayer", "shared_gate", "False without shared experts", "True")
-        self.hidden_size, self.init, self.attach_losses = hidden_size, init, attach_losses
+        self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
+        self.init, self.attach_losses = init, attach_losses
         if isinstance(capacity, (int, float)) and not isinstance(capacity, bool):
             capacity = Capacity(capacity)
         if capacity is not None and not isinstance(capacity, Capacity):
@@ -185,8 +186,8 @@ class MoELayer(nn.Module):
             why = "balances its experts itself" if gate.own_balance else "has no gate to train"
             check.refuse("MoELayer", "losses", f"without {type(unfit[0]).__name__}: {rule} {why}", repr(self.losses))
         if any(isinstance(loss, Load) for loss in self.losses) and rule != "NoisyTopK":
-            check.refuse("MoELayer", "losses", "without Load: only the noise of NoisyTopK gives a load that has a gradient",
-                         repr(self.losses))  # fmt: skip
+            want = "without Load: only the noise of NoisyTopK gives a load that has a gradient"
+            check.refuse("MoELayer", "losses", want, repr(self.losses))
         if self.dropout is None:
             return
         if self.dropout.expert and (not gate.has_logits or rule in ("Base", "TwoLevel")):
@@ -263,8 +264,7 @@ class MoELayer(nn.Module):
             routing = self.capacity.limit(chosen, sequence_length=length, training=self.training, scores=scores,
                                           protected=spared, counters=self.router.draws)  # fmt: skip
         if self.attach_losses:
-            attached = _Attach.apply(routing.topk_weights, aux)  # type: ignore[no-untyped-call]
-            routing = routing._replace(topk_weights=attached)
+            routing = routing._replace(topk_weights=_Attach.apply(routing.topk_weights, aux))  # type: ignore[no-untyped-call]
         y = self._experts(rows, routing)
         if self.shared_experts is not None:
             shared = self.shared_experts(rows)
@@ -289,11 +289,11 @@ class MoELayer(nn.Module):
             if self.dropout.output:
                 ids = self.dropout.output_ids(self.router.draws, ids)
             if self.dropout.inner:
-                width, acc = self.experts.w2.shape[2], acc_dtype(rows.dtype)
-                options["hidden_mask"] = self.dropout.hidden_mask(self.router.draws, ids, width, acc)
+                acc = acc_dtype(rows.dtype)
+                options["hidden_mask"] = self.dropout.hidden_mask(self.router.draws, ids, self.intermediate_size, acc)
         E = self.num_experts
         if self.router.num_experts == E or type(self.experts) is not Experts:  # experts of one's own know what ids mean
-            return self.experts(rows, weights, ids, self.router.settings.weight_on_input, **options)  # type: ignore[no-any-return]
+            return self.experts(rows, weights, ids, self.router.settings.weight_on_input, **options)
         through = torch.where(ids >= E, weights, 0.0).sum(1, keepdim=True)
         ids = torch.where(ids < E, ids, -1)
         y = self.experts(rows, weights, ids, self.router.settings.weight_on_input, **options)

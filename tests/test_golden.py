@@ -20,8 +20,18 @@ from safetensors import safe_open
 from moe_kernels import losses
 from moe_kernels.balance import max_violation, updated_bias
 from moe_kernels.capacity import Capacity
-from moe_kernels.routers import Router, SparseMixer, assignment, expert_choice, hashed, hierarchical, noisy, sample_second
+from moe_kernels.routers import (
+    Router,
+    SparseMixer,
+    assignment,
+    expert_choice,
+    hashed,
+    hierarchical,
+    noisy,
+    sample_second,
+)
 from moe_kernels.routers.token_choice import as_routing
+
 
 class Vector:
     """One file: tensors by name, `config`, and its tolerance."""
@@ -262,8 +272,11 @@ def ref_capacity(v, backend, kind):
     )
     v.close(y, "y_position")
     for policy in ("bpr", "probs"):
+
         def keep(factor, policy=policy):
-            return Capacity(factor, drop_policy=policy).limit(as_routing(routing.topk_weights, routing.topk_ids, None, E))
+            return Capacity(factor, drop_policy=policy).limit(
+                as_routing(routing.topk_weights, routing.topk_ids, None, E)
+            )
 
         kept = keep(v.config["capacity_factor"])
         v.same(~kept.dropped, "kept_" + policy)

@@ -140,9 +140,13 @@ class OpenExperts(Experts):
         super().reset_parameters(init)
         reset(self, init)
 
-    def forward(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, weight_on_input: bool = False) -> Tensor:
-        if weight_on_input:
-            raise ValueError("OpenExperts: weight_on_input must be False for an activation without a kernel, got True")
+    def forward(
+        self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, weight_on_input: bool = False,
+        hidden_mask: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        if weight_on_input or hidden_mask is not None:
+            name = "weight_on_input" if weight_on_input else "hidden_mask"
+            raise ValueError(f"OpenExperts: {name} needs an activation that has a kernel")
         rows = ops.permute(x, topk_ids, self.w13.shape[0])
         ends = rows.expert_offsets[1:]
         hidden = self.activation(ops.grouped_gemm(rows.x_rows, self.w13.transpose(1, 2), ends, bias=self.w13_bias))
@@ -170,9 +174,12 @@ class WrappedExperts(nn.Module):
 class ZeroExperts(Experts):
     """Ids >= E are experts that return their input (LongCat)."""
 
-    def forward(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, weight_on_input: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, weight_on_input: bool = False,
+        hidden_mask: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         through = torch.where(topk_ids >= self.w13.shape[0], topk_weights, 0.0).sum(-1, keepdim=True)
-        y = super().forward(x, topk_weights, topk_ids, weight_on_input)
+        y = super().forward(x, topk_weights, topk_ids, weight_on_input, hidden_mask)
         return y + (through * x).to(x.dtype)
 
 

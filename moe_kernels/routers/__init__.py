@@ -44,4 +44,3 @@ def make_gate(hidden_size: int, num_experts: int, top_k: int, router: Any, **pla
     if isinstance(router, RouterSettings):
         return router.gate(hidden_size, num_experts, top_k, **place)
     return Gate(hidden_size, num_experts, top_k, router, **place)
-

@@ -7,6 +7,7 @@ expert of every token, without balance. Letters: T tokens, E experts, K experts 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,14 +78,15 @@ class AssignmentGate(Gate):
         elif isinstance(self.rule, Base):
             ids = self._each(balanced_assignment, logits, valid)[:, None]
         else:
-            plan = self._each(lambda l: sinkhorn(l, self.rule.tol, self.rule.max_iterations)[0], logits, valid)  # type: ignore[union-attr]
+            rule = self.rule
+            plan = self._each(lambda l: sinkhorn(l, rule.tol, rule.max_iterations)[0], logits, valid)
             ids = reference.select(plan, self.top_k)
         return logits, as_routing(s.gather(1, ids), ids, padding_mask, self.num_experts)
 
-    def _each(self, rule, logits: Tensor, valid: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]
+    def _each(self, rule: Callable[[Tensor], Tensor], logits: Tensor, valid: Tensor | None) -> Tensor:
         """rule(logits of the tokens that are no padding), 0 for the others."""
         if valid is None:
-            return rule(logits.detach())  # type: ignore[no-any-return]
+            return rule(logits.detach())
         found = rule(logits.detach()[valid])
         whole = found.new_zeros((logits.shape[0], *found.shape[1:]))
         whole[valid] = found
@@ -98,12 +100,14 @@ def sinkhorn(logits: Tensor, tol: float = 1e-4, max_iterations: int = 1000) -> t
         l = l - l.max()
     (T, E), cost = l.shape, l.exp()
     d0, d1 = cost.new_ones(T), cost.new_ones(E)
-    for iteration in range(1, max_iterations + 1):
+    iterations = 0
+    while iterations < max_iterations:
+        iterations += 1
         d0 = 1 / T / (cost @ d1 + 1e-8)
         before, d1 = d1, 1 / E / (d0 @ cost + 1e-8)
         if float((d1 - before).abs().mean()) <= tol:
             break
-    return d0[:, None] * cost * d1, iteration
+    return d0[:, None] * cost * d1, iterations
 
 
 def balanced_assignment(scores: Tensor) -> Tensor:
@@ -151,7 +155,7 @@ def balanced_assignment(scores: Tensor) -> Tensor:
     return expert.to(scores.device)
 
 
-def _refresh(experts, value: Tensor, expert: Tensor, cost: Tensor, who: Tensor, far: int) -> None:  # type: ignore[no-untyped-def]
+def _refresh(experts: Iterable[int], value: Tensor, expert: Tensor, cost: Tensor, who: Tensor, far: int) -> None:
     """cost[e, f], the least loss of moving one of e's tokens to f, and who[e, f], that token."""
     for e in experts:
         tokens = (expert == e).nonzero()[:, 0]

@@ -74,7 +74,7 @@ class ExpertChoiceGate(Gate):
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]} -> {self.num_experts}, top_k={self.top_k}, {self.rule}"
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, x: Tensor, *, padding_mask: Tensor | None = None, token_ids: Tensor | None = None,
         sequence_length: int | None = None,
     ) -> tuple[Tensor, Routing]:  # fmt: skip

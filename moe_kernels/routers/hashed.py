@@ -36,7 +36,7 @@ class Modular(_Hashed):
 
 @dataclass(frozen=True, repr=False)
 class RandomHash(_Hashed):
-    """Expert = hash(seed, step, index of the token in the batch) mod E: another one in every step (`draws.set_step`)."""
+    """Expert = splitmix64((step << 32 | index of the token) XOR splitmix64(seed)) mod E; `draws.set_step` sets step."""
 
     seed: int = 0
 
@@ -138,7 +138,7 @@ class HashedGate(Gate):
     def extra_repr(self) -> str:
         return f"{self.hidden_size} -> {self.num_experts}, top_k={self.top_k}, {self.rule}"
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, x: Tensor, *, padding_mask: Tensor | None = None, token_ids: Tensor | None = None,
         sequence_length: int | None = None, position_ids: Tensor | None = None,
     ) -> tuple[Tensor, Routing]:  # fmt: skip

@@ -69,7 +69,7 @@ class TwoLevelGate(Gate):
         size = self.top_k // self.rule.top_groups
         rows = inner.gather(1, chosen[:, :, None].expand(-1, -1, E // A)).flatten(0, 1)
         experts = ops.route(rows, size)
-        weights = groups.topk_weights[:, :, None] * experts.topk_weights.reshape(T, -1, size)
-        ids = chosen[:, :, None] * (E // A) + experts.topk_ids.reshape(T, -1, size)
+        weights = groups.topk_weights[:, :, None] * experts.topk_weights.reshape(T, self.rule.top_groups, size)
+        ids = chosen[:, :, None] * (E // A) + experts.topk_ids.reshape(T, self.rule.top_groups, size)
         joint = outer.log_softmax(-1)[:, :, None] + inner.log_softmax(-1)
         return joint.reshape(T, E), as_routing(weights.flatten(1), ids.flatten(1), padding_mask, E)

@@ -206,7 +206,9 @@ class Gate(nn.Module):
         rule = self.settings
         if not self.training or not (rule.logit_noise_std or rule.gumbel_noise):
             return logits
-        kind, scale = (draws.normal, rule.logit_noise_std) if rule.logit_noise_std else (draws.gumbel, rule.gumbel_noise)
+        kind, scale = (
+            (draws.normal, rule.logit_noise_std) if rule.logit_noise_std else (draws.gumbel, rule.gumbel_noise)
+        )
         noise = kind(self.draws.key(draws.NOISE), *logits.shape, device=logits.device, dtype=acc_dtype(logits.dtype))
         return logits + (scale * noise).to(logits.dtype)
 

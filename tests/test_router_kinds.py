@@ -1,0 +1,423 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every router beside the forms of `route`: against a definition written out, with gradients, padding and refusals."""
+
+import copy
+import itertools
+import math
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import moe_kernels as mk
+from moe_kernels import draws, reference, routers
+from moe_kernels.routers import assignment, expert_choice, hashed
+
+V, E, H = 32, 8, 6
+TABLE = torch.arange(2 * V).reshape(V, 2) * 5 % E
+KINDS = {  # name -> (settings, top_k)
+    "token_choice": (routers.Router(), 2),
+    "switch": (routers.Router(renormalize=False, input_jitter=0.1), 1),
+    "normal_noise": (routers.Router(logit_noise_std=0.5), 2),
+    "gumbel": (routers.Router(gumbel_noise=1.0), 2),
+    "gshard": (routers.Router(renormalize_eps=1e-9, second_threshold=0.5), 2),
+    "node_limited": (routers.Router(scoring_func="sigmoid", num_expert_group=4, topk_group=2, correction_bias=True), 3),
+    "noisy": (routers.NoisyTopK(), 2),
+    "expert_choice": (routers.ExpertChoice(), 2),
+    "expert_choice_capped": (routers.ExpertChoice(max_experts=3, entropy=0.05), 2),
+    "expert_choice_sequence": (routers.ExpertChoice(group="sequence"), 2),
+    "base": (routers.Base(), 1),
+    "sinkhorn_1": (routers.Sinkhorn(), 1),
+    "sinkhorn_2": (routers.Sinkhorn(), 2),
+    "two_level": (routers.TwoLevel(groups=4, top_groups=2), 4),
+    "hash": (routers.Hash(V, seed=7), 1),
+    "modular": (routers.Modular(), 1),
+    "random": (routers.RandomHash(), 1),
+    "balanced": (routers.BalancedHash(torch.arange(V)), 1),
+    "table": (routers.TableHash(TABLE), 2),
+    "multi_hash": (routers.MultiHash(TABLE // 2), 2),
+}
+LEARNED = [name for name in KINDS if not isinstance(KINDS[name][0], hashed._Hashed)]
+
+
+def layer(name, dtype=torch.float64, **options):
+    router, top_k = KINDS[name]
+    torch.manual_seed(1)
+    made = mk.MoELayer(H, 5, E, top_k, router=router, dtype=dtype, **options)
+    with torch.no_grad():
+        for p in made.parameters():
+            nn.init.normal_(p, std=0.7)
+    draws.set_step(made, 3, seed=11)
+    return made
+
+
+def inputs(B=2, S=9, dtype=torch.float64):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(B, S, H, generator=g, dtype=torch.float64).to(dtype)
+    return x, {"token_ids": torch.randint(0, V, (B, S), generator=g)}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", KINDS)
+def test_a_layer_is_the_sum_over_its_routing(name, training):
+    """y is made of last_routing and the experts alone; counts, order and precision are those of every Routing."""
+    moe = layer(name).train(training)
+    x, more = inputs()
+    y, r = moe(x, **more), moe.last_routing
+    wanted = reference.fused_experts(x.flatten(0, 1), moe.experts.w13, moe.experts.w2, r.topk_weights, r.topk_ids)
+    assert torch.allclose(y.flatten(0, 1), wanted, atol=1e-12)
+    assert r.topk_weights.dtype == torch.float64 and r.topk_ids.dtype == r.tokens_per_expert.dtype == torch.int32
+    assert torch.equal(r.tokens_per_expert, torch.bincount(r.topk_ids[r.topk_ids >= 0], minlength=E).int())
+    rows = [row[row >= 0].tolist() for row in r.topk_ids]
+    assert all(len(set(row)) == len(row) for row in rows) or name == "table"
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_gradients_are_those_of_finite_differences(name):
+    """gradcheck through x, router and experts; the draws are fixed by the step."""
+    moe = layer(name)
+    x, more = inputs(S=5)
+    leaves = [x.requires_grad_(), *(p for p in moe.parameters())]
+    names = [n for n, _ in moe.named_parameters()]
+
+    def run(x, *values):
+        return torch.func.functional_call(moe, dict(zip(names, values)), (x,), more)
+
+    assert torch.autograd.gradcheck(run, leaves, eps=1e-6, atol=1e-6, fast_mode=True)
+    with pytest.raises(RuntimeError, match="Jacobian mismatch"):  # the twin: a wrong gradient is noticed
+        few = {"token_ids": more["token_ids"][:1, :2]}
+        torch.autograd.gradcheck(lambda x: moe(x + 0.1 * x.detach(), **few), x[:1, :2].detach().requires_grad_())
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_padding_changes_nothing_for_the_others(name):
+    """Masked tokens are not routed; where tokens do not compete, the others get what they get alone."""
+    moe = layer(name).eval()
+    x, more = inputs()
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[:, 6:] = False
+    y = moe(x, padding_mask=mask, **more)
+    assert not y[:, 6:].any() and (moe.last_routing.topk_ids.reshape(2, 9, -1)[:, 6:] == -1).all()
+    moved = torch.where(mask[..., None], x, 1e3)
+    assert torch.equal(moe(moved, padding_mask=mask, **more), y)
+    if not name.startswith(("expert_choice", "random", "modular")):
+        alone = moe(x[:, :6], token_ids=more["token_ids"][:, :6])
+        assert torch.allclose(alone, y[:, :6], atol=1e-12)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_no_tokens(name):
+    moe = layer(name)
+    x = torch.zeros(0, H, dtype=torch.float64, requires_grad=True)
+    options = {"token_ids": torch.zeros(0, dtype=torch.int64)}
+    if name == "expert_choice_sequence":
+        x = torch.zeros(0, 4, H, dtype=torch.float64, requires_grad=True)
+        options = {"token_ids": torch.zeros(0, 4, dtype=torch.int64)}
+    y = moe(x, **options)
+    y.sum().backward()
+    assert y.shape == x.shape and not moe.last_routing.tokens_per_expert.any()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_copies_and_saved_layers_route_alike(name):
+    moe, (x, more) = layer(name, torch.float32), inputs(dtype=torch.float32)
+    y = moe(x, **more)
+    assert torch.equal(copy.deepcopy(moe)(x, **more), y)
+    assert torch.equal(pickle.loads(pickle.dumps(moe))(x, **more), y)
+    other = layer(name, torch.float32)
+    other.load_state_dict(moe.state_dict())
+    assert torch.equal(other(x, **more), y)
+    assert repr(KINDS[name][0]) in repr(moe)
+
+
+@pytest.mark.parametrize("name", ["switch", "normal_noise", "gumbel", "gshard", "noisy", "random"])
+def test_draws_follow_the_step_alone(name):
+    """The same for any number of threads, float32 or 64; another in every step; none in evaluation."""
+    moe, (x, more) = layer(name), inputs()
+    first = moe(x, **more)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(moe(x, **more), first)
+    finally:
+        torch.set_num_threads(threads)
+    draws.set_step(moe, 4, seed=11)
+    assert not torch.equal(moe(x, **more), first)
+    draws.set_step(moe, 3, seed=12)
+    assert torch.equal(moe(x, **more), first) == (name == "random")  # its seed is its own
+    if name != "random":
+        moe.eval()
+        quiet = moe(x, **more)
+        draws.set_step(moe, 5)
+        assert torch.equal(moe(x, **more), quiet)
+
+
+def test_without_a_step_torch_seeds_the_draws_and_checkpointing_repeats_them():
+    moe, (x, _) = layer("normal_noise"), inputs()
+    moe.router.draws.step = None
+    torch.manual_seed(5)
+    first = moe(x)
+    assert not torch.equal(moe(x), first)
+    torch.manual_seed(5)
+    assert torch.equal(moe(x), first)
+    torch.manual_seed(5)
+    again = torch.utils.checkpoint.checkpoint(moe, x.requires_grad_(), use_reentrant=False)
+    again.sum().backward()
+    kept = x.grad.clone()
+    x.grad = None
+    torch.manual_seed(5)
+    moe(x).sum().backward()
+    assert torch.allclose(kept, x.grad, atol=1e-12)
+
+
+def test_layers_draw_apart_and_gumbel_follows_the_probability():
+    two = nn.ModuleList([layer("gumbel"), layer("gumbel")])
+    assert draws.set_step(two, 1) == 2
+    x, _ = inputs()
+    assert not torch.equal(two[0](x), two[1](x))
+    gate = routers.Router(gumbel_noise=1.0).gate(3, 3, 1)
+    with torch.no_grad():
+        gate.weight.copy_(torch.eye(3))
+    p = torch.tensor([0.6, 0.3, 0.1])
+    found = gate(p.log().expand(20000, 3))[1].tokens_per_expert / 20000
+    assert (found - p).abs().max() < 4 * math.sqrt(0.25 / 20000)  # four standard deviations
+
+
+def test_normal_draws_are_normal():
+    z = draws.normal(torch.tensor(123), 100, 1000, dtype=torch.float64).flatten()
+    n = len(z)
+    assert abs(z.mean()) < 4 / math.sqrt(n) and abs(z.var() - 1) < 4 * math.sqrt(2 / n) and z.abs().max() < 5.5
+
+
+# ---- GShard's second expert
+
+
+def test_the_second_expert_is_taken_by_its_weight():
+    w = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.5, 0.5]])
+    routing = mk.Routing(
+        w, torch.tensor([[0, 1]] * 3, dtype=torch.int32), torch.tensor([3, 3], dtype=torch.int32), None, None
+    )
+    found = routers.sample_second(routing, torch.tensor([0.1, 0.9, 0.99]))
+    assert found.topk_ids.tolist() == [[0, 1], [0, -1], [0, 1]] and found.tokens_per_expert.tolist() == [3, 2]
+    assert found.topk_weights[1].tolist() == pytest.approx([0.6, 0.0])  # not renormalised
+    with pytest.raises(ValueError, match="top_k must be 2 with a second_threshold, got 1"):
+        routers.Router(second_threshold=0.5).gate(H, E, 1)
+
+
+# ---- expert choice
+
+
+def test_experts_take_their_best_tokens_ties_to_the_lowest():
+    s = torch.tensor([[[0.5, 0.5], [0.5, 0.5], [0.1, 0.9], [0.5, 0.5]]])
+    assert expert_choice.take(s, 2)[0].T.tolist() == [[True, True, False, False], [True, False, True, False]]
+
+
+@pytest.mark.parametrize(("T", "factor", "C"), [(30, 2.0, 7), (5, 0.1, 1), (6, 100.0, 6)])
+def test_the_tokens_of_an_expert(T, factor, C):
+    gate = routers.ExpertChoice(capacity_factor=factor).gate(H, E, 2)
+    assert gate(torch.randn(T, H))[1].tokens_per_expert.tolist() == [C] * E
+
+
+def test_a_sequence_competes_alone():
+    moe, (x, more) = layer("expert_choice_sequence"), inputs()
+    both = moe(x, **more)
+    assert torch.allclose(both[0], moe(x[:1], **{k: v[:1] for k, v in more.items()})[0], atol=1e-12)
+
+
+def test_the_capped_plan_keeps_its_sums_and_beats_others():
+    """KKT of the entropy-regularised plan: columns and rows as asked, and no feasible neighbour is better."""
+    torch.manual_seed(0)
+    n, count, cap, lam = 12, 4, 3, 0.05
+    s = torch.randn(n, E, dtype=torch.float64).softmax(1)
+    plan = expert_choice.capped_plan(s[None], count, cap, lam, 3000)[0]
+    assert torch.allclose(plan.sum(0), torch.full((E,), 4.0, dtype=torch.float64), atol=1e-6)
+    assert plan.sum(1).max() <= cap + 1e-6 and plan.min() >= 0 and plan.max() <= 1 + 1e-6
+
+    def value(a):
+        return float((s * a).sum() - lam * torch.special.xlogy(a, a).sum())
+
+    best = value(plan)
+    for _ in range(200):  # move mass around a square of two tokens and two experts: all sums stay
+        (t, u), (e, f) = torch.randperm(n)[:2].tolist(), torch.randperm(E)[:2].tolist()
+        step = torch.zeros_like(plan)
+        step[t, e], step[u, f], step[t, f], step[u, e] = 1e-3, 1e-3, -1e-3, -1e-3
+        moved = plan + step
+        if moved.min() >= 0 and moved.max() <= 1:
+            assert value(moved) <= best + 1e-9
+    gate = layer("expert_choice_capped").router
+    assert gate(torch.randn(40, H, dtype=torch.float64))[1].topk_ids.shape == (40, 3)
+
+
+def test_expert_choice_refuses():
+    moe = layer("expert_choice").eval()
+    with pytest.raises(ValueError, match="ExpertChoice: the sequence must be longer than 1 .* allow_noncausal=True"):
+        moe(torch.zeros(4, 1, H, dtype=torch.float64))
+    mk.MoELayer(H, 4, E, 2, router=routers.ExpertChoice(allow_noncausal=True)).eval()(torch.zeros(4, 1, H))
+    with pytest.raises(ValueError, match=r"capacity_factor must be at most max_experts.*, got 2"):
+        mk.MoELayer(H, 4, E, 2, router=routers.ExpertChoice(max_experts=1))
+    with pytest.raises(ValueError, match="capacity must be None: ExpertChoice itself fixes"):
+        mk.MoELayer(H, 4, E, 2, router=routers.ExpertChoice(), capacity=1.0)
+    with pytest.raises(ValueError, match="losses must be without Switch: ExpertChoice balances its experts itself"):
+        mk.MoELayer(H, 4, E, 2, router=routers.ExpertChoice(), losses="switch")
+    mk.MoELayer(H, 4, E, 2, router=routers.ExpertChoice(), losses="z_loss")
+    with pytest.raises(ValueError, match="T must be a multiple of group=4, got 6"):
+        mk.MoELayer(H, 4, E, 2, router=routers.ExpertChoice(group=4))(torch.zeros(6, H))
+    with pytest.raises(ValueError, match='at least 3-D with group="sequence", got 2-D'):
+        layer("expert_choice_sequence")(torch.zeros(6, H, dtype=torch.float64))
+
+
+# ---- BASE and Sinkhorn
+
+
+def best_of_all(scores):
+    """The balanced assignment of highest score, by trying every one."""
+    T, E = scores.shape
+    seats = [e for e in range(E) for _ in range(T // E + (e < T % E))]
+    return max(sum(float(scores[t, e]) for t, e in enumerate(p)) for p in set(itertools.permutations(seats)))
+
+
+@pytest.mark.parametrize(("T", "E"), [(1, 1), (1, 3), (6, 3), (7, 3), (5, 4), (8, 2)])
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_assignment_is_the_best_there_is(T, E, ties):
+    for seed in range(4):
+        torch.manual_seed(seed)
+        scores = torch.randint(-1, 2, (T, E)).double() if ties else torch.randn(T, E, dtype=torch.float64)
+        found = assignment.balanced_assignment(scores)
+        assert torch.bincount(found, minlength=E).tolist() == [T // E + (e < T % E) for e in range(E)]
+        assert float(scores.gather(1, found[:, None]).sum()) == pytest.approx(best_of_all(scores), abs=1e-9)
+
+
+def test_a_large_assignment_is_optimal_by_its_prices():
+    """Duality: prices a chain of experts leaves prove that no exchange helps."""
+    torch.manual_seed(0)
+    T, E = 512, 16
+    scores = torch.randn(T, E) + 2 * torch.randn(E)
+    found = assignment.balanced_assignment(scores)
+    assert torch.bincount(found, minlength=E).tolist() == [T // E] * E
+    gain = torch.full((E, E), -math.inf)  # of the best single move from e to f
+    for e in range(E):
+        mine = scores[found == e]
+        gain[e] = (mine - mine[:, e, None]).max(0).values
+    reach = gain.clone().fill_diagonal_(0)
+    for _ in range(4):  # longest chains of moves, up to 16 long
+        reach = (reach[:, :, None] + reach[None]).max(1).values
+    assert reach.diagonal().max() <= 1e-5  # no circle of moves gains
+    with pytest.raises(ValueError, match="scores must be finite, got NaN or infinity"):
+        assignment.balanced_assignment(torch.tensor([[math.nan, 0.0]]))
+
+
+def test_base_is_greedy_in_evaluation_and_takes_one_expert():
+    moe, (x, _) = layer("base").eval(), inputs()
+    moe(x)
+    logits = x.flatten(0, 1) @ moe.router.weight.T
+    assert torch.equal(moe.last_routing.topk_ids[:, 0].long(), logits.argmax(1))
+    with pytest.raises(ValueError, match="Base: top_k must be 1"):
+        mk.MoELayer(H, 4, E, 2, router=routers.Base())
+    with pytest.raises(ValueError, match=r"dropout.expert must be 0: Base"):
+        mk.MoELayer(H, 4, E, 1, router=routers.Base(), dropout=mk.Dropout(expert=0.1))
+
+
+def test_sinkhorn_balances_and_half_precision_does_not_overflow():
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(200, E, dtype=torch.float64) + torch.arange(E)
+    plan, iterations = assignment.sinkhorn(logits, 1e-9)
+    assert torch.allclose(plan.sum(0), torch.full((E,), 1 / E, dtype=torch.float64), atol=1e-6)
+    assert torch.allclose(plan.sum(1), torch.full((200,), 1 / 200, dtype=torch.float64), atol=1e-6)
+    assert 1 < iterations <= 1000
+    assert assignment.sinkhorn(logits, 1e-9, 3)[1] == 3
+    wide = (100 * torch.randn(20, E)).bfloat16()
+    assert assignment.sinkhorn(wide)[0].isfinite().all()
+
+
+# ---- two levels
+
+
+def test_two_levels_weigh_by_products_and_their_logits_by_the_joint_probability():
+    moe, (x, _) = layer("two_level"), inputs()
+    gate, rows = moe.router, x.flatten(0, 1)
+    logits, routing = gate(rows)
+    outer, inner = rows @ gate.group_weight.T, (rows @ gate.weight.T).reshape(-1, 4, 2)
+    assert torch.allclose(logits.softmax(1), (outer.softmax(1)[..., None] * inner.softmax(2)).flatten(1))
+    g, best = outer.topk(2).values.softmax(1), outer.topk(2).indices
+    assert torch.equal(routing.topk_ids.long() // 2, best.repeat_interleave(2, 1))
+    wanted = (
+        g[:, :, None] * inner.gather(1, best[..., None].expand(-1, -1, 2)).softmax(2).sort(2, descending=True).values
+    )
+    assert torch.allclose(routing.topk_weights, wanted.flatten(1))
+    for options, text in (({"groups": 3, "top_groups": 1}, "groups must be a divisor of E=8, got 3"),
+                          ({"groups": 4, "top_groups": 3}, "top_k must be a multiple of top_groups=3, at most 2")):  # fmt: skip
+        with pytest.raises(ValueError, match=text):
+            routers.TwoLevel(**options).gate(H, E, 4)
+
+
+# ---- hashes
+
+
+def test_hashes_refuse_what_they_cannot_hash():
+    moe = layer("hash")
+    x, more = inputs()
+    with pytest.raises(TypeError, match="Hash: token_ids must be given"):
+        moe(x)
+    with pytest.raises(ValueError, match=r"token_ids must be in 0..31 \(a token id of the table\)"):
+        moe(x, token_ids=more["token_ids"] + V)
+    with pytest.raises(ValueError, match="Hash: top_k must be 1: one expert a token, got 2"):
+        mk.MoELayer(H, 4, E, 2, router=routers.Hash(V))
+    with pytest.raises(ValueError, match="losses must be without Switch: Hash has no gate to train"):
+        mk.MoELayer(H, 4, E, 1, router=routers.Hash(V), losses="switch")
+    with pytest.raises(ValueError, match=r"experts must be in 0..7"):
+        mk.MoELayer(H, 4, E, 1, router=routers.TableHash(torch.full((V,), E)))
+    with pytest.raises(ValueError, match="num_experts must be a multiple of top_k=3"):
+        mk.MoELayer(H, 4, E, 3, router=routers.MultiHash(torch.zeros(V, 3, dtype=torch.int64)))
+
+
+def test_positions_can_be_given():
+    moe, (x, _) = layer("modular"), inputs()
+    moe(x)
+    counted = moe.last_routing.topk_ids
+    moe(x[:, 4:], position_ids=torch.arange(4, 9).expand(2, 5))
+    assert torch.equal(moe.last_routing.topk_ids.reshape(2, 5), counted.reshape(2, 9)[:, 4:])
+
+
+def test_multi_hash_is_one_expert_of_concatenated_parts():
+    """E experts of width N * I cut into N parts, the nth part by the nth hash, as Roller et al. write it."""
+    N, whole, I = 2, E // 2, 5
+    moe, (x, more) = layer("multi_hash"), inputs()
+    y = moe(x, **more)
+    w13 = moe.experts.w13.reshape(N, whole, 2, I, H).permute(1, 2, 0, 3, 4).reshape(whole, 2 * N * I, H)
+    w2 = moe.experts.w2.reshape(N, whole, H, I).permute(1, 2, 0, 3).reshape(whole, H, N * I)
+    tables = TABLE // 2
+    for b, s in itertools.product(range(2), range(9)):
+        hidden = []
+        for n in range(N):
+            e = tables[more["token_ids"][b, s], n]
+            h = reference.activate(x[b, s] @ w13[e].T)
+            hidden.append((h[n * I : (n + 1) * I], w2[e][:, n * I : (n + 1) * I]))
+        assert torch.allclose(y[b, s], sum(h @ w.T for h, w in hidden), atol=1e-12)
+
+
+def test_another_seed_is_another_hash():
+    tables = [routers.Hash(1000, seed=seed).gate(H, E, 1).table for seed in (0, 1)]
+    assert not torch.equal(*tables)
+    counts = torch.bincount(tables[0].flatten(), minlength=E)
+    assert counts.sum() == 1000 and counts.min() > 80  # 125 in the mean, deviation 10.5
+
+
+# ---- identity experts
+
+
+def test_identity_experts_return_their_input():
+    torch.manual_seed(0)
+    moe = mk.MoELayer(H, 5, E, 3, num_identity_experts=4, dtype=torch.float64)
+    nn.init.normal_(moe.router.weight)
+    x = torch.randn(20, H, dtype=torch.float64, requires_grad=True)
+    y, r = moe(x), moe.last_routing
+    assert moe.router.weight.shape == (12, H) and moe.experts.w13.shape[0] == E
+    assert (r.topk_ids >= E).any() and r.tokens_per_expert.shape == (12,)
+    routed = reference.fused_experts(x, moe.experts.w13, moe.experts.w2, r.topk_weights,
+                                     torch.where(r.topk_ids < E, r.topk_ids, -1))  # fmt: skip
+    assert torch.allclose(y, routed + torch.where(r.topk_ids >= E, r.topk_weights, 0.0).sum(1, keepdim=True) * x)
+    assert torch.autograd.gradcheck(moe, x)
+    mk.MoELayer(H, 5, 2, 4, num_identity_experts=2)(torch.zeros(3, H))
+    with pytest.raises(ValueError, match=r"top_k must be in 1..choices=4, got 5"):
+        mk.MoELayer(H, 5, 2, 5, num_identity_experts=2)
