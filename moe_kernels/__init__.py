@@ -14,6 +14,7 @@ from .dropout import Dropout  # noqa: E402
 from .explain import Explanation, explain  # noqa: E402
 from .hf import ReplaceReport, replace, restore  # noqa: E402
 from .layers import MoELayer  # noqa: E402
+from .monitor import Monitor  # noqa: E402
 from .ops import (  # noqa: E402
     PackedExperts,
     Permuted,
@@ -35,6 +36,7 @@ __all__ = [
     "Dropout",
     "Explanation",
     "MoELayer",
+    "Monitor",
     "PackedExperts",
     "Permuted",
     "Reinit",

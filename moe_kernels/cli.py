@@ -10,7 +10,6 @@ from collections.abc import Sequence
 NOT_BUILT = {
     "bench": "the benchmarks run from a clone of the project with `make bench`",
     "plan": "the cost of expert parallelism on a cluster",
-    "plot": "pictures of recorded expert load",
 }
 
 
@@ -33,6 +32,10 @@ def parser() -> argparse.ArgumentParser:
     inspect.add_argument("--json", action="store_true", help="the same as JSON")
     inspect.add_argument("--dtype", choices=("float64", "float32", "bfloat16", "float16"), help="of the run")
     inspect.add_argument("--device", default="cpu", help="cpu, cuda or an architecture such as sm_90 (cpu)")
+    plot = words.add_parser("plot", help="a picture of what a Monitor has recorded")
+    plot.add_argument("source", help="a file of Monitor.save")
+    plot.add_argument("--out", default="moe.png", metavar="FILE", help="the picture, .png or .svg (moe.png)")
+    plot.add_argument("--layer", help="of the parts that show one layer (the first)")
     for word, what in NOT_BUILT.items():
         words.add_parser(word, help=f"not built yet: {what}")
     return top
@@ -54,6 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from . import inspect
 
         return inspect.run(asked.source, as_json=asked.json, dtype=asked.dtype, device=asked.device)
+    if asked.word == "plot":
+        from . import plots
+
+        return plots.run(asked.source, asked.out, asked.layer)
     from . import demo
 
     return demo.run(quick=asked.quick, out=asked.out, parts=tuple(asked.part or ("families", "training", "layers")))

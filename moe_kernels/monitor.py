@@ -31,7 +31,7 @@ RECORD = {
     "entropy": "of the shares over log E; 1 is balanced",
     "dead": "experts without a slot",
     "drop_rate": "of the slots that were chosen",
-    "confidence": "mean weight of a token's first expert over the sum of its weights",
+    "confidence": "mean weight of a token's first expert",
 }
 """What a record holds."""
 SCALARS = ("max_violation", "entropy", "dead", "drop_rate", "confidence")
@@ -86,12 +86,12 @@ class Monitor:
             return
         with torch.no_grad():
             E, ids, w = seen.num_experts, seen.ids, seen.weights
-            total = w.sum(-1)
-            first = torch.where(total > 0, w[:, 0] / torch.where(total > 0, total, 1.0), 0.0).double().sum()
+            here = ids[:, 0] >= 0
+            first = torch.where(here, w[:, 0], 0.0).double().sum()
             drops = torch.zeros((), dtype=torch.float64, device=ids.device)
             if seen.dropped is not None:
                 drops = seen.dropped.sum().double()
-            rest = torch.stack([first, (total > 0).sum().double(), drops])
+            rest = torch.stack([first, here.sum().double(), drops])
             self._add(self._sums.setdefault(seen.name, {}), "all", torch.cat([seen.chosen_counts().double(), rest]))
             if self.co_activation or self.classes is not None:
                 used = torch.zeros((ids.shape[0], E + 1), device=ids.device)

@@ -50,7 +50,7 @@ def test_slots_in_evaluation():
     (ValueError, "fixed must be 1 or more, got 0", {"fixed": 0}),
     (ValueError, "min_capacity must be 1 or more, got 0", {"factor": 1.0, "min_capacity": 0}),
     (ValueError, "rounding must be one of ceil, floor, round, got 'up'", {"factor": 1.0, "rounding": "up"}),
-    (ValueError, "drop_policy must be one of position, got 'probs'", {"factor": 1.0, "drop_policy": "probs"}),
+    (ValueError, "drop_policy must be one of position, bpr, .*, got 'late'", {"factor": 1.0, "drop_policy": "late"}),
     (ValueError, "group must be .batch., .sequence. or a number of tokens, got 'no'", {"factor": 1.0, "group": "no"}),
     (ValueError, "group must be 1 or more, got 0", {"factor": 1.0, "group": 0}),
 ])  # fmt: skip
@@ -143,7 +143,7 @@ def test_a_number_is_a_factor_and_none_is_dropless():
 
 def test_a_sequence_needs_a_sequence():
     layer = layer_with(mk.Capacity(1.0, group="sequence"))
-    with pytest.raises(ValueError, match='MoELayer: x must be at least 3-D with capacity.group="sequence", got 2-D'):
+    with pytest.raises(ValueError, match='Capacity: x must be at least 3-D with group="sequence", got 2-D'):
         layer(torch.randn(5, 16))
     assert layer(torch.randn(0, 5, 16)).shape == (0, 5, 16)
     assert layer(torch.randn(5, 0, 16)).shape == (5, 0, 16)

@@ -175,8 +175,11 @@ def test_load_of_all_experts_is_a_count():
 
 
 def test_load_needs_noise():
-    with pytest.raises(ValueError, match="Load: needs the noise of noisy gating, but this router adds none"):
-        losses.Load()(inputs_of(logits_of(), SOFTMAX))
+    with pytest.raises(ValueError, match="losses must be without Load: only the noise of NoisyTopK gives a load"):
+        mk.MoELayer(16, 8, E, K, losses="load")
+    layer = mk.MoELayer(16, 8, E, K, losses="load", router=mk.routers.NoisyTopK()).eval()
+    layer(torch.randn(5, 16))  # a count, in evaluation
+    assert layer.aux_loss > 0 and not layer.aux_loss.requires_grad
 
 
 # ---- by name, in a layer
@@ -232,7 +235,7 @@ def test_errors(error, text, wrong):
 
 
 def test_errors_of_settings():
-    with pytest.raises(ValueError, match="Switch: scope must be one of micro_batch, sequence, got 'token'"):
+    with pytest.raises(ValueError, match="Switch: scope must be one of micro_batch, sequence, global_batch, got 'token'"):
         losses.Switch(scope="token")
     with pytest.raises(ValueError, match="DeepSeekV3: count must be one of paper, selected, got 'all'"):
         losses.DeepSeekV3(count="all")
