@@ -128,7 +128,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("char_moe.png"))
     asked = parser.parse_args()
     text, results, started = standard_library(), {}, time.perf_counter()
-    print(f"{asked.steps} steps of {asked.rows} x {asked.length} bytes, {LAYERS} MoE layers of {EXPERTS} experts, top-1")
+    print(
+        f"{asked.steps} steps of {asked.rows} x {asked.length} bytes, {LAYERS} MoE layers of {EXPERTS} experts, top-1"
+    )
     print(f"{'':<16}{'held-out loss':>14}{'MaxVio':>9}{'entropy':>9}{'dead':>6}{'confidence':>12}")
     for name in RUNS:
         result = results[name] = train(name, text, asked.steps, asked.rows, asked.length)

@@ -6,8 +6,8 @@ from ._version import __version__
 
 _build.load()
 
-from . import hf as _hf  # noqa: E402  the ops come after the library that implements them
 from . import balance, draws, interop, losses, presets, reference, routers  # noqa: E402
+from . import hf as _hf  # noqa: E402  the ops come after the library that implements them
 from .balance import Balance, Reinit  # noqa: E402
 from .capacity import Capacity, limit_capacity  # noqa: E402
 from .dropout import Dropout  # noqa: E402

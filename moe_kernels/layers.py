@@ -274,7 +274,7 @@ class MoELayer(nn.Module):
         if not torch.compiler.is_exporting():  # an exported graph has no side effects
             self.aux_loss = aux
             self.last_routing = Routing._make(None if t is None else t.detach() for t in routing)
-        return y.reshape(x.shape)  # type: ignore[no-any-return]
+        return y.reshape(x.shape)
 
     def _rows(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor) or x.dtype not in check.FLOATS or x.dim() == 0 or x.shape[-1] != self.hidden_size:
@@ -293,7 +293,7 @@ class MoELayer(nn.Module):
                 options["hidden_mask"] = self.dropout.hidden_mask(self.router.draws, ids, self.intermediate_size, acc)
         E = self.num_experts
         if self.router.num_experts == E or type(self.experts) is not Experts:  # experts of one's own know what ids mean
-            return self.experts(rows, weights, ids, self.router.settings.weight_on_input, **options)
+            return self.experts(rows, weights, ids, self.router.settings.weight_on_input, **options)  # type: ignore[no-any-return]
         through = torch.where(ids >= E, weights, 0.0).sum(1, keepdim=True)
         ids = torch.where(ids < E, ids, -1)
         y = self.experts(rows, weights, ids, self.router.settings.weight_on_input, **options)

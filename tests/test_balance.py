@@ -167,7 +167,7 @@ def test_two_ranks_move_by_the_sum_of_their_counts(tmp_path):
 
 @pytest.mark.parametrize("mode", ["copy", "redraw"])
 def test_dead_experts_start_anew(mode):
-    moe = layer(mode == "copy" and V3 or routers.Router())
+    moe = layer(V3 if mode == "copy" else routers.Router())
     optimizer = torch.optim.AdamW(moe.parameters(), lr=1e-3)
     told = []
     balance = mk.Balance(moe, rate=0.0, optimizer=optimizer, on_reset=lambda p, e: told.append(e),
@@ -258,7 +258,7 @@ def test_expert_dropout_is_one_draw_a_step(router):
         used = moe.last_routing.tokens_per_expert > 0
         moe(torch.randn(200, H))
         assert torch.equal(moe.last_routing.tokens_per_expert > 0, used)  # the same for all tokens of the step
-        assert K <= int(used.sum()) and torch.allclose(moe.last_routing.topk_weights.sum(1), torch.ones(200))
+        assert int(used.sum()) >= K and torch.allclose(moe.last_routing.topk_weights.sum(1), torch.ones(200))
         seen.add(tuple(used.tolist()))
     assert len(seen) > 2
     moe.eval()(torch.randn(400, H))

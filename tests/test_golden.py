@@ -433,7 +433,8 @@ def ref_sinkhorn(v, backend, kind):
 def ref_bias_update(v, backend, kind):
     bias = torch.zeros(v["scores"].shape[2])
     for step, s in enumerate(v["scores"]):
-        ids = backend.route(torch.logit(s.double()), v.config["k"], scoring_func="sigmoid", e_score_correction_bias=bias,
+        logits = torch.logit(s.double())
+        ids = backend.route(logits, v.config["k"], scoring_func="sigmoid", e_score_correction_bias=bias,
                             group_top=1).topk_ids  # fmt: skip
         counts = torch.bincount(ids.flatten(), minlength=len(bias))
         assert torch.equal(counts, v["counts_each_step"][step]), step

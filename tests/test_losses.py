@@ -235,7 +235,7 @@ def test_errors(error, text, wrong):
 
 
 def test_errors_of_settings():
-    with pytest.raises(ValueError, match="Switch: scope must be one of micro_batch, sequence, global_batch, got 'token'"):
+    with pytest.raises(ValueError, match="Switch: scope must be one of micro_batch, .*, got 'token'"):
         losses.Switch(scope="token")
     with pytest.raises(ValueError, match="DeepSeekV3: count must be one of paper, selected, got 'all'"):
         losses.DeepSeekV3(count="all")

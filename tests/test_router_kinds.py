@@ -85,8 +85,8 @@ def test_gradients_are_those_of_finite_differences(name):
         return torch.func.functional_call(moe, dict(zip(names, values)), (x,), more)
 
     assert torch.autograd.gradcheck(run, leaves, eps=1e-6, atol=1e-6, fast_mode=True)
+    few = {"token_ids": more["token_ids"][:1, :2]}
     with pytest.raises(RuntimeError, match="Jacobian mismatch"):  # the twin: a wrong gradient is noticed
-        few = {"token_ids": more["token_ids"][:1, :2]}
         torch.autograd.gradcheck(lambda x: moe(x + 0.1 * x.detach(), **few), x[:1, :2].detach().requires_grad_())
 
 
@@ -345,8 +345,10 @@ def test_two_levels_weigh_by_products_and_their_logits_by_the_joint_probability(
         g[:, :, None] * inner.gather(1, best[..., None].expand(-1, -1, 2)).softmax(2).sort(2, descending=True).values
     )
     assert torch.allclose(routing.topk_weights, wanted.flatten(1))
-    for options, text in (({"groups": 3, "top_groups": 1}, "groups must be a divisor of E=8, got 3"),
-                          ({"groups": 4, "top_groups": 3}, "top_k must be a multiple of top_groups=3, at most 2")):  # fmt: skip
+    for options, text in (
+        ({"groups": 3, "top_groups": 1}, "groups must be a divisor of E=8, got 3"),
+        ({"groups": 4, "top_groups": 3}, "top_k must be a multiple of top_groups=3, at most 2"),
+    ):
         with pytest.raises(ValueError, match=text):
             routers.TwoLevel(**options).gate(H, E, 4)
 
