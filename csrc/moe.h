@@ -66,6 +66,22 @@ struct RouteBackwardArgs {
   void* workspace;           // route_workspace_bytes
 };
 
+/// sum_scores and its backward: the scores of the tokens of each of B groups of T / B tokens, summed by expert. Reads
+/// T*E; the backward writes T*E.
+struct SumScoresArgs {
+  int64_t T, E, B;
+  RouteRule rule;      // scoring and logit_softcap
+  bool normalize;      // a token's scores are divided by their sum
+  DType dtype;         // of logits and grad_logits
+  const void* logits;  // [T, E]
+  int64_t logits_stride;
+  const uint8_t* padding_mask;  // [T], 0 = not a token, or null
+  void* sums;                   // [B, E] acc; forward
+  const void* grad_sums;        // [B, E] acc; backward
+  void* grad_logits;            // [T, E]; backward
+  void* workspace;              // sum_scores_workspace_bytes
+};
+
 /// narrow_ids: ids of any integer width to int32, through expert_map where given; all that is not in [0, E) becomes -1.
 struct NarrowIdsArgs {
   int64_t S, E, map_size;
@@ -211,6 +227,9 @@ int64_t route_workspace_bytes(int64_t E, const Workers&);
 void route(const RouteArgs&, const Workers&);
 void route_backward(const RouteBackwardArgs&, const Workers&);
 void narrow_ids(const NarrowIdsArgs&);
+int64_t sum_scores_workspace_bytes(const SumScoresArgs&, const Workers&);
+void sum_scores(const SumScoresArgs&, const Workers&);
+void sum_scores_backward(const SumScoresArgs&, const Workers&);
 int64_t limit_capacity_workspace_bytes(const LimitCapacityArgs&, const Workers&);
 void limit_capacity(const LimitCapacityArgs&, const Workers&);
 void permute_index(const PermuteIndexArgs&);

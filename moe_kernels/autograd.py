@@ -34,6 +34,24 @@ def _route_backward(ctx: Any, grad_weights: Tensor | None, _ids: None, _counts: 
     return _ops.route_backward.default(grad_weights, grad_lse, *ctx.saved_tensors, *rule), *none
 
 
+# ---- sum_scores: keeps the logits
+
+
+def _sum_scores_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    logits, *rule, mask = inputs
+    ctx.rule = rule
+    ctx.save_for_backward(logits, mask)
+    ctx.set_materialize_grads(False)
+
+
+def _sum_scores_backward(ctx: Any, grad_sums: Tensor | None) -> Any:
+    none = (None,) * 5
+    if grad_sums is None:
+        return None, *none
+    logits, mask = ctx.saved_tensors
+    return _ops.sum_scores_backward.default(grad_sums, logits, *ctx.rule, mask), *none
+
+
 # ---- permute: a row's gradient goes back to its token
 
 
@@ -124,6 +142,7 @@ def _fused_experts_backward(ctx: Any, grad_y: Tensor | None, _hidden: None) -> A
 def install() -> None:
     """Registers every backward, and the autocast rule of the router: routing is done in float32."""
     register_autograd(f"{NAMESPACE}::route", _route_backward, setup_context=_route_setup)
+    register_autograd(f"{NAMESPACE}::sum_scores", _sum_scores_backward, setup_context=_sum_scores_setup)
     register_autograd(f"{NAMESPACE}::permute", _permute_backward, setup_context=_permute_setup)
     register_autograd(f"{NAMESPACE}::grouped_gemm", _grouped_gemm_backward, setup_context=_grouped_gemm_setup)
     register_autograd(f"{NAMESPACE}::unpermute", _unpermute_backward, setup_context=_unpermute_setup)

@@ -26,6 +26,16 @@ def _route_backward(grad_weights, grad_lse, logits, *_):
     return logits.new_empty(logits.shape)
 
 
+@register_fake(f"{NAMESPACE}::sum_scores")
+def _sum_scores(logits, scoring, normalize, logit_softcap, groups, padding_mask):
+    return logits.new_empty((groups, logits.shape[1]), dtype=acc_dtype(logits.dtype))
+
+
+@register_fake(f"{NAMESPACE}::sum_scores_backward")
+def _sum_scores_backward(grad_sums, logits, *_):
+    return logits.new_empty(logits.shape)
+
+
 @register_fake(f"{NAMESPACE}::limit_capacity")
 def _limit_capacity(topk_ids, num_experts, capacity, group_size):
     return topk_ids.new_empty(topk_ids.shape, dtype=torch.bool)

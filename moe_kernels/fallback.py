@@ -91,6 +91,21 @@ def route_backward(grad_weights, grad_lse, logits, topk_ids, topk_weights, scori
     return _gradients(forward, (grad_weights, grad_lse), (logits,), (True,))[0]
 
 
+def _sum_scores(logits, scoring, normalize, logit_softcap, groups, padding_mask):
+    return reference.sum_scores(
+        logits, scoring_func=SCORING[scoring], normalize=normalize, logit_softcap=logit_softcap, groups=groups,
+        padding_mask=padding_mask,
+    )  # fmt: skip
+
+
+def sum_scores(logits, scoring, normalize, logit_softcap, groups, padding_mask):
+    return _sum_scores(logits, scoring, normalize, logit_softcap, groups, padding_mask)
+
+
+def sum_scores_backward(grad_sums, logits, *rule):
+    return _gradients(lambda logits: _sum_scores(logits, *rule), (grad_sums,), (logits,), (True,))[0]
+
+
 def limit_capacity(topk_ids, num_experts, capacity, group_size):
     return reference.limit_capacity(topk_ids, num_experts, capacity, group_size=group_size)
 

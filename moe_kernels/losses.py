@@ -18,7 +18,7 @@ from torch import Tensor
 from . import check, ops, reference
 from .ops import Routing
 from .routers import Router
-from .schemas import acc_dtype
+from .schemas import SCORING_CODE, acc_dtype
 
 SCOPES = ("micro_batch", "sequence", "global_batch")
 
@@ -48,7 +48,7 @@ class LossInputs:
         return reference.scores(self.logits, self.router.scoring_func, self.router.logit_softcap)[1]
 
     def probabilities(self) -> Tensor:
-        """acc [T, E]: the scores of a token, divided by their sum."""
+        """acc [T, E]: the scores of a token, divided by their sum. For losses of your own."""
         s = self.scores()
         if self.router.scoring_func == "softmax":
             return s
@@ -65,8 +65,14 @@ class LossInputs:
         return self._sum(self.logits.new_ones((self.logits.shape[0], 1)).detach(), scope).clamp(min=1)
 
     def mean(self, p: Tensor, scope: str) -> Tensor:
-        """p [T, E] -> P [B, E], the mean over a group's tokens."""
+        """p [T, n] -> [B, n], the mean over a group's tokens."""
         return self._sum(p, scope) / self.valid(scope)
+
+    def mean_scores(self, scope: str, normalize: bool = True) -> Tensor:
+        """P acc [B, E], the mean over a group's tokens of the scores, each divided by its token's sum if normalize."""
+        code = SCORING_CODE[self.router.scoring_func]
+        rule = (code, normalize, self.router.logit_softcap, self.groups(scope), self.padding_mask)
+        return _SUM_SCORES(self.logits, *rule) / self.valid(scope)  # type: ignore[no-any-return]
 
     def counts(self, ids: Tensor, scope: str) -> Tensor:
         """ids [T, k], -1 for absent -> acc [B, E] slots of every expert in every group."""
@@ -90,6 +96,7 @@ class LossInputs:
         return t.reshape(self.groups(scope), -1, t.shape[1]).sum(1) if t.shape[0] else t.sum(0, keepdim=True)
 
 
+_SUM_SCORES = torch.ops.moe_kernels.sum_scores.default
 Loss = Callable[[LossInputs], Tensor]
 
 
@@ -145,7 +152,7 @@ class Switch:
         if self.scope == "global_batch" and inputs.global_counts is not None:  # None: not in training
             slots, tokens = inputs.global_counts.add(slots, tokens)
         f = slots / tokens / (ids.shape[1] if self.divide_by_k else 1)
-        P = inputs.mean(inputs.probabilities(), self.scope)
+        P = inputs.mean_scores(self.scope)
         return self.coef * E * inputs.over_groups((f * P).sum(1), self.scope)
 
 
@@ -158,7 +165,7 @@ class GShard:
     def __call__(self, inputs: LossInputs) -> Tensor:
         scope = "micro_batch"
         c = inputs.counts(inputs.routing.topk_ids[:, :1], scope) / inputs.valid(scope)
-        return self.coef * (c * inputs.mean(inputs.probabilities(), scope)).mean()
+        return self.coef * (c * inputs.mean_scores(scope)).mean()
 
 
 @dataclass(frozen=True)
@@ -238,7 +245,7 @@ class DeepSeekV3:
             logits, K, mask = inputs.logits.detach(), inputs.routing.topk_ids.shape[1], inputs.padding_mask
             scoring = inputs.router.scoring_func
             ids = ops.route(logits, K, scoring_func=scoring, padding_mask=mask).topk_ids
-        f, P = _shares(inputs, inputs.probabilities(), ids)
+        f, P = _shares(inputs, True, ids)
         return self.coef * inputs.over_groups((f * P).sum(1), "sequence")
 
 
@@ -291,11 +298,12 @@ def squared_cv(t: Tensor) -> Tensor:
     return t.var(correction=0) / (t.mean().square() + 1e-10)
 
 
-def _shares(inputs: LossInputs, p: Tensor | None = None, ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _shares(inputs: LossInputs, normalize: bool = False, ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """f [B, E] = E/(K T) * slots and P [B, E], a sequence."""
-    ids, p = inputs.routing.topk_ids if ids is None else ids, inputs.scores() if p is None else p
-    scale = p.shape[1] / ids.shape[1]
-    return inputs.counts(ids, "sequence") * (scale / inputs.valid("sequence")), inputs.mean(p, "sequence")
+    ids = inputs.routing.topk_ids if ids is None else ids
+    scale = inputs.logits.shape[1] / ids.shape[1]
+    f = inputs.counts(ids, "sequence") * (scale / inputs.valid("sequence"))
+    return f, inputs.mean_scores("sequence", normalize)
 
 
 def _devices(name: str, devices: int | None, inputs: LossInputs) -> int:

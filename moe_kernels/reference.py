@@ -135,6 +135,23 @@ def _finite_rows(l: Tensor) -> Tensor:
     return torch.where((l > -math.inf).any(-1, keepdim=True), l, 0.0)
 
 
+# ---- the sums that balance losses are made of
+
+
+def sum_scores(
+    logits: Tensor, *, scoring_func: str = "softmax", normalize: bool = True, logit_softcap: float = 0.0,
+    groups: int = 1, padding_mask: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """logits [T, E] -> [B, E]: the scores of the tokens of each of B groups, over a token's sum if normalize."""
+    s = scores(logits, scoring_func, logit_softcap)[1]
+    if normalize and scoring_func != "softmax":
+        total = s.sum(-1, keepdim=True)
+        s = s / torch.where(total > 0, total, 1.0)
+    if padding_mask is not None:
+        s = torch.where(padding_mask[:, None], s, 0.0)
+    return s.reshape(groups, s.shape[0] // groups, s.shape[1]).sum(1)
+
+
 # ---- capacity
 
 

@@ -24,6 +24,12 @@ SCHEMAS = {
     # -> grad of logits [T, E]
     "route_backward": "(Tensor? grad_weights, Tensor? grad_lse, Tensor logits, Tensor topk_ids, Tensor topk_weights, "
     "int scoring, bool renormalize, float renormalize_eps, float scale, float logit_softcap) -> Tensor",
+    # logits [T, E] -> sums [B, E] acc: the scores of the tokens of each group
+    "sum_scores": "(Tensor logits, int scoring, bool normalize, float logit_softcap, SymInt groups, "
+    "Tensor? padding_mask) -> Tensor",
+    # grad_sums [B, E] -> grad of logits [T, E]
+    "sum_scores_backward": "(Tensor grad_sums, Tensor logits, int scoring, bool normalize, float logit_softcap, "
+    "SymInt groups, Tensor? padding_mask) -> Tensor",
     # topk_ids [T, K] -> dropped [T, K] bool
     "limit_capacity": "(Tensor topk_ids, int num_experts, SymInt capacity, SymInt group_size) -> Tensor",
     # x [T, H], topk_ids [T, K] -> x_rows [P, H], row_to_slot [P] i32, slot_to_row [S] i32, expert_offsets [E+1] i32

@@ -30,6 +30,8 @@ def samples(dtype=torch.float32):
         "route_backward",
         (torch.rand_like(r.topk_weights), None, logits, r.topk_ids, r.topk_weights, 0, True, 0.0, 1.0, 0.0),
     )
+    yield "sum_scores", (logits, 1, True, 3.0, 2, torch.arange(6) < 4)
+    yield "sum_scores_backward", (torch.rand(2, 8, dtype=dtype), logits, 0, False, 0.0, 2, None)
     yield "limit_capacity", (r.topk_ids, 8, 2, 4)
     yield "permute", (case.x, r.topk_ids, 8, 4)
     yield "permute_backward", (torch.randn_like(p.x_rows), p.slot_to_row, 6)

@@ -423,3 +423,22 @@ def test_identity_experts_return_their_input():
     mk.MoELayer(H, 5, 2, 4, num_identity_experts=2)(torch.zeros(3, H))
     with pytest.raises(ValueError, match=r"top_k must be in 1..choices=4, got 5"):
         mk.MoELayer(H, 5, 2, 5, num_identity_experts=2)
+
+
+# ---- under torch.compile
+
+
+@pytest.mark.parametrize("name", ["gumbel", "gshard", "noisy", "expert_choice", "two_level", "hash", "random", "modular"])
+def test_compiled_in_one_graph(name):
+    """Values and gradients are those without it; the step is an input of the graph, not a constant in it."""
+    moe = layer(name)
+    compiled = torch.compile(moe, fullgraph=True, backend="aot_eager")
+    x, more = inputs()
+    for step in (3, 4):
+        draws.set_step(moe, step, seed=11)
+        a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+        y, wanted = compiled(a, **more), moe(b, **more)
+        assert torch.allclose(y, wanted, atol=1e-12)
+        y.sum().backward()
+        wanted.sum().backward()
+        assert torch.allclose(a.grad, b.grad, atol=1e-12)

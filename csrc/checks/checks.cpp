@@ -123,6 +123,41 @@ void check_narrow_ids() {
   expect(narrow == std::vector<int32_t>{1, 2, -1, -1, -1, 0}, "narrow_ids: through the map");
 }
 
+void check_sum_scores(const Workers& workers) {
+  for (const auto [T, E, B] : {std::tuple<int64_t, int64_t, int64_t>{0, 3, 1}, {130, 5, 1}, {140, 7, 2}, {6, 33, 6}}) {
+    const std::vector<float> logits = random<float>(T * E, 3), grads = random<float>(B * E, 4);
+    std::vector<float> sums(B * E, 7.f), grad(T * E, 7.f);
+    SumScoresArgs args{.T = T,
+                       .E = E,
+                       .B = B,
+                       .rule = {.scoring = Scoring::sigmoid},
+                       .normalize = true,
+                       .dtype = dtype_of<float>(),
+                       .logits = logits.data(),
+                       .logits_stride = E,
+                       .sums = sums.data(),
+                       .grad_sums = grads.data(),
+                       .grad_logits = grad.data()};
+    const Scratch scratch(cpu::sum_scores_workspace_bytes(args, workers));
+    args.workspace = scratch.get();
+    cpu::sum_scores(args, workers);
+    cpu::sum_scores_backward(args, workers);
+    std::vector<double> wanted(B * E, 0.0);
+    for (int64_t t = 0; t < T; ++t) {
+      const int64_t b = t / (T / B);
+      double total = 0, mean = 0;
+      const auto s = [&](int64_t e) { return 1 / (1 + std::exp(-double(logits[t * E + e]))); };
+      for (int64_t e = 0; e < E; ++e) total += s(e), mean += s(e) * grads[b * E + e];
+      for (int64_t e = 0; e < E; ++e) {
+        wanted[b * E + e] += s(e) / total;
+        const double d = (grads[b * E + e] - mean / total) / total * s(e) * (1 - s(e));
+        expect(std::abs(grad[t * E + e] - d) < 1e-5, "sum_scores: grad[", t, ", ", e, "]");
+      }
+    }
+    for (int64_t i = 0; i < B * E; ++i) expect(std::abs(sums[i] - wanted[i]) < 1e-4, "sum_scores: sums[", i, "]");
+  }
+}
+
 void check_limit_capacity(const Workers& workers) {
   constexpr int64_t T = 23, E = 6, K = 3;
   const auto ids = choose_experts(T, E, K);
@@ -262,6 +297,7 @@ int main() {
     check_route(workers);
     for (const Scoring scoring : {Scoring::softmax, Scoring::sigmoid, Scoring::sqrtsoftplus})
       check_route_backward(workers, scoring);
+    check_sum_scores(workers);
     check_limit_capacity(workers);
     for (const int64_t align : {1, 8}) check_permutation(workers, align);
     check_grouped_gemm<double>(workers);

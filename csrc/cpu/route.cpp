@@ -1,12 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // route: a task some tokens. 1. scores, 2. choice (bias, groups, K best), 3. weights. A row stays in the first-level
 // cache.
-#include <cmath>
-#include <limits>
 #include <numeric>
 
 #include "parallel.h"
-#include "tile.h"
+#include "scores.h"
 
 namespace moe::cpu {
 namespace {
@@ -29,38 +27,6 @@ template <class A> struct Scratch {  // a worker's rows of E
     return space.bytes();
   }
 };
-
-/// l = softcap(logits) with NaN as -inf, which stays -inf, and +inf as the largest finite float; true where any is
-/// finite.
-template <class T, class A> bool clean_logits(const T* row, int64_t E, double softcap, A* l) {
-  bool any = false;
-  for (int64_t e = 0; e < E; ++e) {
-    A v = A(row[e]);
-    if (v != v) v = -std::numeric_limits<A>::infinity();
-    else if (softcap > 0 && v > -std::numeric_limits<A>::infinity()) v = A(softcap) * std::tanh(v / A(softcap));
-    l[e] = std::min(v, A(std::numeric_limits<float>::max()));
-    any |= l[e] > -std::numeric_limits<A>::infinity();
-  }
-  return any;
-}
-
-template <class A> A softplus(A l) { return l > A(20) ? l + std::log1p(std::exp(-l)) : std::log1p(std::exp(l)); }
-
-/// s = score(l) and, for softmax, the logsumexp.
-template <class A> A score(Scoring scoring, const A* l, int64_t E, A* s) {
-  std::copy_n(l, E, s);
-  switch (scoring) {
-    case Scoring::softmax: {
-      const A top = math<A>().max(l, E), sum = math<A>().exp_sum(s, top, E);
-      for (int64_t e = 0; e < E; ++e) s[e] /= sum;
-      return top + std::log(sum);
-    }
-    case Scoring::sigmoid: math<A>().sigmoid(s, E); break;
-    case Scoring::sqrtsoftplus:
-      for (int64_t e = 0; e < E; ++e) s[e] = std::sqrt(softplus(s[e]));
-  }
-  return A(0);
-}
 
 /// The first index that holds the largest value and is not among the `taken` ids; values taken before are -inf.
 template <class A> int32_t take_best(A* values, int64_t count, const int32_t* taken, int64_t taken_count) {
@@ -165,17 +131,7 @@ template <class T> void route_token_backward(const RouteBackwardArgs& args, int6
       mean += d * w.scores[ids[k]];
     }
     const A grad_lse = args.grad_lse ? static_cast<const A*>(args.grad_lse)[t] : A(0);
-    for (int64_t e = 0; e < args.E; ++e) {
-      const A s = w.scores[e], l = w.logits[e];
-      A& d = w.choice[e];
-      switch (args.rule.scoring) {
-        case Scoring::softmax: d = s * (d - mean + grad_lse); break;
-        case Scoring::sigmoid: d *= s * (1 - s); break;
-        case Scoring::sqrtsoftplus: d = d != 0 && s > 0 ? d / (2 * s * (1 + std::exp(-l))) : A(0);
-      }
-      if (args.rule.logit_softcap > 0) d *= 1 - (l / A(args.rule.logit_softcap)) * (l / A(args.rule.logit_softcap));
-      if (!std::isfinite(A(row[e]))) d = 0;
-    }
+    score_backward(args.rule, row, w.logits, w.scores, mean, grad_lse, args.E, w.choice);
   }
   tile<T>().narrow(w.choice, 0, grad, 0, 1, args.E);
 }

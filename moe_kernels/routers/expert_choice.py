@@ -113,8 +113,11 @@ def tokens_of(op: str, group: str | int, T: int, sequence_length: int | None) ->
 
 def take(plan: Tensor, count: int) -> Tensor:
     """plan [B, n, E] -> bool [B, n, E]: the `count` best tokens of every expert, ties to the lowest token."""
-    order = plan.sort(dim=1, descending=True, stable=True).indices[:, :count]
-    return torch.zeros_like(plan, dtype=torch.bool).scatter(1, order, True)
+    columns = plan.mT.contiguous()
+    least = columns.topk(count, -1, sorted=False).values.amin(-1, keepdim=True)
+    above, equal = columns > least, columns == least
+    room = count - above.sum(-1, keepdim=True)
+    return (above | (equal & (equal.cumsum(-1) <= room))).mT
 
 
 def best(values: Tensor, count: int) -> Tensor:
