@@ -131,15 +131,15 @@ def main() -> None:
     print(
         f"{asked.steps} steps of {asked.rows} x {asked.length} bytes, {LAYERS} MoE layers of {EXPERTS} experts, top-1"
     )
-    print(f"{'':<16}{'held-out loss':>14}{'MaxVio':>9}{'entropy':>9}{'dead':>6}{'confidence':>12}")
+    print(f"{'':<16}{'held-out loss':>14}{'MaxVio':>9}{'entropy':>9}{'dead':>6}")
     for name in RUNS:
         result = results[name] = train(name, text, asked.steps, asked.rows, asked.length)
         monitor = result["monitor"]
         last = monitor.records[-5 * LAYERS :]
-        mean = {what: sum(r[what] for r in last) / len(last) for what in ("max_violation", "entropy", "confidence")}
+        mean = {what: sum(r[what] for r in last) / len(last) for what in ("max_violation", "entropy")}
         dead = sum(r["dead"] for r in monitor.records[-LAYERS:])
-        print(f"{name:<16}{result['loss']:>14.3f}{mean['max_violation']:>9.2f}{mean['entropy']:>9.3f}{dead:>6}"
-              f"{mean['confidence']:>12.2f}", flush=True)  # fmt: skip
+        print(f"{name:<16}{result['loss']:>14.3f}{mean['max_violation']:>9.2f}{mean['entropy']:>9.3f}{dead:>6}",
+              flush=True)  # fmt: skip
         for alert in monitor.alerts():
             print(f"    {alert}")
     draw(results, asked.out)

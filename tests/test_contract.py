@@ -119,23 +119,33 @@ def test_kernels_include_downwards():
             assert not [i for i in includes(path) if "cuda" in i or "comm" in i or "bindings" in i], path.name
 
 
+def imported(path: Path, level: int) -> set[str]:
+    """The modules of the package that a file imports, `level` folders up."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == level:
+            found |= {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
+    return found
+
+
 def test_python_imports_go_down():
     below = {  # module -> what of the package it may import
         "schemas": set(), "_version": set(), "reference": {"schemas"}, "check": {"schemas"}, "_build": {"_version"},
         "fallback": {"_build", "reference", "schemas"}, "fakes": {"fallback", "schemas"}, "autograd": {"schemas"},
         "packed": {"check", "schemas"}, "testing": {"reference", "schemas"},
         "ops": {"check", "fakes", "fallback", "autograd", "packed", "reference", "schemas"},
-        "routers": {"check", "ops", "schemas"}, "capacity": {"check", "routers"},
+        "draws": set(), "capacity": {"check", "draws", "ops", "routers"}, "dropout": {"check", "draws", "routers"},
         "losses": {"check", "ops", "reference", "routers", "schemas"}, "presets": {"capacity", "losses", "routers"},
-        "layers": {"capacity", "check", "losses", "ops", "presets", "reference", "routers", "schemas", "hf"},
+        "watch": {"layers", "losses", "routers"}, "balance": {"check", "draws", "layers", "routers", "watch"},
+        "monitor": {"check", "watch"}, "plots": {"check"},
+        "layers": {"capacity", "check", "dropout", "losses", "ops", "presets", "reference", "routers", "schemas", "hf"},
     }  # fmt: skip
     for module, allowed in below.items():
-        tree = ast.parse((PACKAGE / f"{module}.py").read_text())
-        found = set()
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and node.level:
-                found |= {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
+        found = imported(PACKAGE / f"{module}.py", level=1)
         assert found <= allowed, f"{module} imports {found - allowed}"
+    for path in (PACKAGE / "routers").glob("*.py"):
+        found = imported(path, level=2)
+        assert found <= {"check", "draws", "ops", "reference", "schemas"}, f"{path.name} imports {found}"
 
 
 # ---- form

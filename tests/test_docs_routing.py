@@ -3,6 +3,8 @@
 
 import functools
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,3 +42,23 @@ def test_nothing_is_left_out():
         assert f"| {policy} |" in TEXT
     for name, kind in losses.LOSSES.items():
         assert f'"{name}"' in TEXT or f"losses.{kind.__name__}(" in TEXT, name
+
+
+def test_the_snippet_of_balancing_runs(capsys):
+    text = (Path(__file__).resolve().parents[1] / "docs" / "balancing.md").read_text()
+    (snippet,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    exec(compile(snippet, "docs/balancing.md", "exec"), {})
+    assert capsys.readouterr().out.startswith("[0.")
+
+
+def test_the_training_example_runs(tmp_path):
+    """Small: five runs, a line of loss and balance for each, one picture."""
+    script = Path(__file__).resolve().parents[1] / "examples" / "train_char_moe.py"
+    words = ["--steps", "2", "--rows", "1", "--length", "32", "--out", str(tmp_path / "a.png")]
+    done = subprocess.run([sys.executable, str(script), *words], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = re.findall(
+        r"^(no balancing|aux loss|loss-free bias|expert choice|hash) +([\d.]+) +([\d.]+)", done.stdout, re.M
+    )
+    assert len(rows) == 5 and all(4 < float(loss) < 8 for _, loss, _ in rows) and rows[3][2] == "0.00"
+    assert (tmp_path / "a.png").stat().st_size > 20_000
