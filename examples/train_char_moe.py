@@ -3,10 +3,10 @@
 
     python examples/train_char_moe.py --out char_moe.png
 
-The text is the source of Python's standard library. The model: two causal convolutions' worth of context (the last
-bytes, embedded and mixed) and two MoE layers of 8 experts; all runs start from the same weights and see the same batches.
-The router starts with a bias towards its first experts, as happens by bad luck in larger models: what is then done about
-it is the lesson. It prints loss and balance of every run and draws their load.
+The text is the source of Python's standard library. The model: the last bytes, embedded and mixed by causal
+convolutions, and two MoE layers of 8 experts; all runs start from the same weights and see the same batches. The router
+starts with a preference for its first experts, as happens by bad luck in larger models: what is then done about it is
+the lesson. It prints loss and balance of every run and draws their load.
 """
 
 from __future__ import annotations

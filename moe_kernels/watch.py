@@ -55,8 +55,9 @@ class Watch:
         modules = dict(model.named_modules())
         ours = [name for name, m in modules.items() if isinstance(m, MoELayer)]
         for name, module in modules.items():
-            if any(name.startswith(f"{layer}." if layer else "") and name != layer for layer in ours):
-                continue  # a part of one of ours
+            within = [*ours, *self.layers]
+            if any(name.startswith(f"{layer}." if layer else "") and name != layer for layer in within):
+                continue  # a part of one that is watched; adapters wrap experts in modules that look like them
             if isinstance(module, MoELayer):
                 self.layers[name] = module
                 self._handles.append(module.router.register_forward_hook(partial(self._routed, name)))

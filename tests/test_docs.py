@@ -13,7 +13,7 @@ import moe_kernels as mk
 from moe_kernels import cli
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = ["route", "permute", "grouped_gemm", "unpermute", "limit_capacity", "fused_experts"]
+STAGES = ["route", "permute", "grouped_gemm", "unpermute", "limit_capacity", "sum_scores", "fused_experts"]
 DOCUMENTS = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"]
 # made by a command, or of others
 ELSEWHERE = {"demo_out/demo.json", "config.json", "compile_commands.json", "torch/extension.h"}

@@ -62,3 +62,14 @@ def test_the_training_example_runs(tmp_path):
     )
     assert len(rows) == 5 and all(4 < float(loss) < 8 for _, loss, _ in rows) and rows[3][2] == "0.00"
     assert (tmp_path / "a.png").stat().st_size > 20_000
+
+
+def test_the_lora_example_runs(tmp_path):
+    pytest.importorskip("peft", reason="an optional peer of the example")
+    pytest.importorskip("transformers", reason="an optional peer of the example")
+    script = Path(__file__).resolve().parents[1] / "examples" / "finetune_lora.py"
+    words = ["--steps", "3", "--rows", "2", "--length", "32"]
+    done = subprocess.run([sys.executable, str(script), *words], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 of 2 MoE layers taken" in done.stdout and done.stdout.count("step ") == 2
+    assert float(re.search(r"differ by ([\d.e+-]+)", done.stdout)[1]) < 1e-4

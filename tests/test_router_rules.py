@@ -13,7 +13,6 @@ import moe_kernels as mk
 from moe_kernels import reference, routers
 from moe_kernels.routers import assignment
 
-
 # ---- BASE and Sinkhorn
 
 

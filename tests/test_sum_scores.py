@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""sum_scores, the sums that balance losses are made of: the kernel against the reference in float64, and its gradient."""
+"""sum_scores, what balance losses are made of: the kernel against the reference in float64, and its gradient."""
 
 import pytest
 import torch

@@ -43,7 +43,8 @@ template <class T> void sum_block(const SumScoresArgs& args, int32_t worker, int
   for (int64_t t = group * size + begin; t < group * size + end; ++t) {
     A total;
     if (!scores_of<T>(args, t, l, s, &total)) continue;
-    for (int64_t e = 0; e < args.E; ++e) sums[e] += s[e] / total;
+    const A scale = 1 / total;
+    for (int64_t e = 0; e < args.E; ++e) sums[e] += s[e] * scale;
   }
 }
 
@@ -56,10 +57,10 @@ template <class T> void backward_token(const SumScoresArgs& args, int32_t worker
   if (!scores_of<T>(args, t, l, s, &total)) {
     std::fill_n(d, args.E, A(0));
   } else {
-    A mean = 0;
-    for (int64_t e = 0; e < args.E; ++e) mean += grad[e] * s[e];
+    const A mean = dot(grad, s, args.E);
     const bool divided = args.normalize && args.rule.scoring != Scoring::softmax;  // d (s / sum) = (g - mean) / sum
-    for (int64_t e = 0; e < args.E; ++e) d[e] = divided ? (grad[e] - mean / total) / total : grad[e];
+    const A shift = divided ? mean / total : A(0), scale = divided ? 1 / total : A(1);
+    for (int64_t e = 0; e < args.E; ++e) d[e] = (grad[e] - shift) * scale;
     score_backward(args.rule, row, l, s, mean, A(0), args.E, d);
   }
   tile<T>().narrow(d, 0, static_cast<T*>(args.grad_logits) + t * args.E, 0, 1, args.E);

@@ -129,14 +129,27 @@ def best(values: Tensor, count: int) -> Tensor:
 def slots_of(s: Tensor, taken: Tensor, slots: int | None) -> Routing:
     """Scores s [T, E] and taken bool [T, E] -> a Routing of as many slots as asked, or as needed."""
     T, E = s.shape
-    if slots is None:
-        known = s.device.type == "cpu" and not torch.compiler.is_compiling() and T > 0
-        slots = max(int(taken.sum(1).max()), 1) if known else E
-    ids = reference.select(torch.where(taken, s.detach(), -1.0), slots)
+    if s.device.type == "cpu" and not torch.compiler.is_compiling() and T > 0:
+        ids = _sparse_slots(s.detach(), taken, slots)
+    else:
+        ids = reference.select(torch.where(taken, s.detach(), -1.0), slots or E)
     present = taken.gather(1, ids)
     weights = torch.where(present, s.gather(1, ids), 0.0)
     ids = torch.where(present, ids, -1).int()
     return Routing(weights, ids, count_experts(ids, E), None, None)
+
+
+def _sparse_slots(s: Tensor, taken: Tensor, slots: int | None) -> Tensor:
+    """Ids [T, K] of what was taken, best first, from the few entries that are; the rest names experts not taken."""
+    t, e = taken.nonzero(as_tuple=True)
+    order = s[t, e].argsort(descending=True, stable=True)
+    order = order[t[order].argsort(stable=True)]
+    t, e = t[order], e[order]
+    count = taken.sum(1)
+    slots = max(int(count.max()), 1) if slots is None else slots
+    place = torch.arange(len(t)) - (count.cumsum(0) - count)[t]
+    absent = (~taken).int().argmax(1, keepdim=True)  # where all are taken there are no empty slots
+    return absent.repeat(1, slots).index_put((t, place), e)
 
 
 def capped_plan(s: Tensor, count: int, cap: int, entropy: float, iterations: int) -> Tensor:
