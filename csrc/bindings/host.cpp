@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../cpu/isa.h"
+#include "../cpu/limits.h"
 
 namespace py = pybind11;
 using namespace moe::cpu;
@@ -27,4 +28,13 @@ PYBIND11_MODULE(_host, m) {
       "active_isa", [] { return isa_name(active_isa()); },
       "The level in use; RuntimeError if MOE_KERNELS_ISA is no level.");
   m.def("isa_levels", &isa_levels, "The levels that this processor has, lowest first.");
+  m.def("multiply_add_rate", &multiply_add_rate, "Operations a second of a loop of multiply-adds on registers.",
+        py::arg("threads"), py::arg("float64"), py::arg("steps"), py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "read_rate",
+      [](int threads, uintptr_t address, int64_t bytes) {
+        return read_rate(threads, reinterpret_cast<const void*>(address), bytes);
+      },
+      "Bytes a second of reading memory at an address.", py::arg("threads"), py::arg("address"), py::arg("bytes"),
+      py::call_guard<py::gil_scoped_release>());
 }

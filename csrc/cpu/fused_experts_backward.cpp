@@ -30,7 +30,7 @@ template <class A> struct Buffers {
     const int64_t S = p.T * p.K, copy = is_acc<A>(p.dtype) ? 0 : p.T * p.H;
     const int64_t packed = (kWgradDepth + kPanel) * kWgradRows;
     const int64_t widest = !args.grad_w13 && !args.grad_w2 ? 0 : std::max(p.H, rows13(p));
-    panel_size = std::max({kPackedSize<A>, packed, p.H}), y_size = std::max(combine_size<A>(p), p.H);
+    panel_size = std::max({kPackedSize<A>, packed, p.H}), y_size = std::max(combine_size(p, workers), p.H);
     row_to_token = space.take<int32_t>(S);
     x = space.take<A>(copy), grad_y = space.take<A>(copy);
     grad_h = space.take<A>(S * rows13(p)), weighted_act = space.take<A>(args.grad_w2 ? S * p.I : 0);
@@ -58,14 +58,15 @@ template <class W> class Backward {
     fill_row_to_token(p_, buffers_.row_to_token);
     x_ = rows_as_acc(p_.dtype, p_.x, p_.T, p_.H, p_.x_stride, buffers_.x, workers_);
     grad_y_ = rows_as_acc(p_.dtype, args_.grad_y, p_.T, p_.H, args_.grad_y_stride, buffers_.grad_y, workers_);
-    const int64_t blocks = ceil_div(p_.I, hidden_columns()), step = hidden_columns() / kPanel;
+    const int64_t blocks = ceil_div(p_.I, kPair);
     if (args_.grad_x || args_.grad_w13 || args_.grad_w2 || args_.grad_topk_weights || args_.grad_w13_bias)
       for_tasks(workers_, p_.E * blocks,
-                [&](int32_t worker, int64_t task) { hidden(worker, task / blocks, task % blocks * step); });
+                [&](int32_t worker, int64_t task) { hidden(worker, task / blocks, task % blocks * 2); });
     if (args_.grad_topk_weights || args_.grad_w2_bias)
       for_tasks(workers_, p_.E, [&](int32_t worker, int64_t e) { weights_and_bias(worker, e); });
     if (args_.grad_x) {
-      const Combine<W> combine{rows_, {buffers_.grad_h, rows13(p_)}, turned(p_.w13), nullptr, rows13(p_), args_.grad_x};
+      const int64_t k = rows13(p_), columns = combine_panels(p_, workers_.count) * kPair;
+      const Combine<W> combine{rows_, {buffers_.grad_h, k}, turned(p_.w13), nullptr, k, args_.grad_x, columns};
       for_tasks(workers_, combine.tasks(), [&](int32_t worker, int64_t task) {
         const Scratch<A> scratch{panel(worker), buffers_.c + worker * buffers_.c_size, y(worker)};
         combine.run(task, [](int64_t) { return A(1); }, scratch);
@@ -86,21 +87,21 @@ template <class W> class Backward {
     std::swap(w.row_stride, w.col_stride), w.panel_stride = kPanel * w.row_stride;
     return w;
   }
-  int64_t hidden_columns() const { return panel_columns(turned(p_.w2)); }
   A* y(int32_t worker) const { return buffers_.y + worker * buffers_.y_size; }
 
-  /// Step 1 for expert e and hidden units [32 * index, ..), one or two panels.
+  /// Step 1 for expert e and hidden units [32 * index, +64).
   void hidden(int32_t worker, int64_t e, int64_t index) const {
     const int64_t count = rows_.end(e) - rows_.begin(e), first = index * kPanel;
-    const int64_t units = std::min(hidden_columns(), p_.I - first);
+    const int64_t units = std::min(kPair, p_.I - first);
     A bias_sum[2][kPair] = {};
     A *c = buffers_.c + worker * buffers_.c_size, *u = buffers_.u + worker * buffers_.u_size;
-    const Panel<W> down(turned(p_.w2), e, index, units, p_.H, count);
+    const Panel<W> down = Panel<W>::columns(turned(p_.w2), e, index, units, p_.H, count);
     for_row_blocks(rows_.begin(e), rows_.end(e), [&](int64_t r0, int64_t block) {
       const int32_t* tokens = rows_.row_to_token + r0;
       down.product({grad_y_.data, grad_y_.stride, tokens}, block, u, kPair, panel(worker));
       for (int64_t half = 0; half * kPanel < units; ++half) {
-        const FirstProduct<W> product(p_, e, index + half, count);
+        const int64_t at = first + half * kPanel;
+        const FirstProduct<W> product(p_, e, at, std::min(kPanel, p_.I - at), count);
         if (args_.hidden) load_hidden(r0, block, product, c);
         else product.raw({x_.data, x_.stride, tokens}, block, c, panel(worker));
         for (int64_t m = 0; m < block; ++m)

@@ -25,6 +25,7 @@ template <class T> struct ProductArgs {
   acc_t<T>* c;
   int64_t c_stride, m, n, k;
   bool accumulate;
+  int64_t b_half = kPanel;  // outer: from column 0 to column 32
 };
 
 template <class T> struct Tile {
