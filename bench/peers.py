@@ -17,7 +17,7 @@ Layer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # x,
 ACTIVATIONS = {"silu": F.silu, "relu": F.relu}
 
 
-class Unavailable(Exception):
+class UnavailableError(Exception):
     """Why a peer sits out a case."""
 
 
@@ -27,7 +27,7 @@ def ours(shape: Shape, w13: torch.Tensor, w2: torch.Tensor, tokens: int) -> Laye
 
 def ours_packed(shape: Shape, w13: torch.Tensor, w2: torch.Tensor, tokens: int) -> Layer:
     if w13.requires_grad:
-        raise Unavailable("packed weights have no backward")
+        raise UnavailableError("packed weights have no backward")
     packed = mk.pack_experts(w13, w2, activation=shape.act, gated=shape.gated)
     return lambda x, ids, weights: mk.fused_experts(
         x, packed, None, weights, ids, activation=shape.act, gated=shape.gated
@@ -72,16 +72,16 @@ def hugging_face(name: str) -> Callable[..., Layer]:
 
     def make(shape: Shape, w13: torch.Tensor, w2: torch.Tensor, tokens: int) -> Layer:
         if not shape.gated:
-            raise Unavailable("the experts modules of transformers are gated")
+            raise UnavailableError("the experts modules of transformers are gated")
         if name == "batched_mm" and tokens > 32:
-            raise Unavailable("copies the weights of every slot: no memory at this size")
+            raise UnavailableError("copies the weights of every slot: no memory at this size")
         try:
             home = importlib.import_module("transformers.models.qwen3_moe.modeling_qwen3_moe")
             config = importlib.import_module("transformers").Qwen3MoeConfig(
                 hidden_size=shape.H, moe_intermediate_size=shape.I, num_experts=shape.E, num_experts_per_tok=shape.K
             )
         except (ImportError, AttributeError) as error:
-            raise Unavailable(f"transformers: {error}") from None
+            raise UnavailableError(f"transformers: {error}") from None
         with torch.device("meta"):
             module: Any = home.Qwen3MoeExperts(config)
         module.gate_up_proj = torch.nn.Parameter(w13, requires_grad=False)
@@ -100,9 +100,9 @@ def zentorch(shape: Shape, w13: torch.Tensor, w2: torch.Tensor, tokens: int) -> 
     try:
         importlib.import_module("zentorch")
     except (ImportError, OSError) as error:
-        raise Unavailable(f"zentorch: {error}") from None
+        raise UnavailableError(f"zentorch: {error}") from None
     if w13.requires_grad:
-        raise Unavailable("zentorch: its fused layer has no backward")
+        raise UnavailableError("zentorch: its fused layer has no backward")
     w13, w2 = w13.clone(), w2.clone()
 
     def layer(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

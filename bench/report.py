@@ -89,9 +89,9 @@ def markdown(rows: list[Row], stages: list[Row]) -> str:
     text += [f"{name}: {value}  " for name, value in machine().items()]
     text += [
         "",
-        "Medians of interleaved rounds. The limit of a case is the slower of reading the weights of the experts hit and of",
-        "multiplying, by a plain read and a loop of multiply-adds on registers that ran between the same rounds. Outputs",
-        "and gradients were compared with float64 on rows drawn at random; a side that was wrong has no ratio.",
+        "Medians of interleaved rounds. The limit of a case is the slower of reading the weights of the experts hit",
+        "and of multiplying, by a plain read and a loop of multiply-adds on registers between the same rounds.",
+        "Outputs and gradients were compared with float64 on rows drawn at random; a wrong side has no ratio.",
         "",
         "| case | ms | limit ms | of the limit | limited by | bars |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -102,9 +102,8 @@ def markdown(rows: list[Row], stages: list[Row]) -> str:
             continue
         bars = "; ".join(f"{bar['text']}: **{_mark(bar['holds'])}**" for bar in row["bars"])
         share = f"{row['limit_ms'] / row['ms'][OURS]:.0%}"
-        text.append(
-            f"| {row['name']} | {row['ms'][OURS]:.2f} | {row['limit_ms']:.2f} | {share} | {row['limited_by']} | {bars} |"
-        )
+        cells = (row["name"], f"{row['ms'][OURS]:.2f}", f"{row['limit_ms']:.2f}", share, row["limited_by"], bars)
+        text.append(f"| {' | '.join(cells)} |")
     if stages:
         text += ["", *(f"- {stage_line(row)}" for row in stages)]
     if done:
@@ -117,7 +116,8 @@ def markdown(rows: list[Row], stages: list[Row]) -> str:
         peak, read = ([row[key] for row in done] for key in ("gflops", "read_gb_per_s"))
         text += [
             "",
-            f"Multiply-add {min(peak):.0f} to {max(peak):.0f} GFLOP/s, plain read {min(read):.1f} to {max(read):.1f} GB/s.",
+            f"Multiply-add {min(peak):.0f} to {max(peak):.0f} GFLOP/s, "
+            f"plain read {min(read):.1f} to {max(read):.1f} GB/s.",
         ]
     return "\n".join(text) + "\n"
 

@@ -73,7 +73,7 @@ def run_layer(case: Case, budget: float) -> dict[str, Any]:
         try:
             layer = make(case.shape, w13, w2, case.tokens)
             errors[name] = check(case.shape, layer, w13, w2, prepare(0))
-        except peers.Unavailable as reason:
+        except peers.UnavailableError as reason:
             out[name] = str(reason)
             continue
         except Exception as error:  # a peer's own failure is a finding, not the end of the run

@@ -75,6 +75,17 @@ struct NarrowIdsArgs {
   int32_t* narrow;         // [S]
 };
 
+/// limit_capacity: which slots come too late for their expert. A group of tokens walks its first choices in token
+/// order, then its second ones, ...; each expert keeps the first `capacity` slots of every group. Absent slots stay as
+/// they are.
+struct LimitCapacityArgs {
+  int64_t T, E, K;
+  int64_t capacity, group_size;  // the last group may be shorter
+  const int32_t* topk_ids;       // [T, K], -1 = absent
+  uint8_t* dropped;              // [T, K], 1 = too late
+  void* workspace;               // limit_capacity_workspace_bytes
+};
+
 /// permute_index: stable counting sort of the slots by expert. Each expert's rows start at a multiple of align.
 struct PermuteIndexArgs {
   int64_t S, E, P, align;
@@ -200,6 +211,8 @@ int64_t route_workspace_bytes(int64_t E, const Workers&);
 void route(const RouteArgs&, const Workers&);
 void route_backward(const RouteBackwardArgs&, const Workers&);
 void narrow_ids(const NarrowIdsArgs&);
+int64_t limit_capacity_workspace_bytes(const LimitCapacityArgs&, const Workers&);
+void limit_capacity(const LimitCapacityArgs&, const Workers&);
 void permute_index(const PermuteIndexArgs&);
 void permute(const PermuteArgs&, const Workers&);
 void unpermute(const UnpermuteArgs&, const Workers&);

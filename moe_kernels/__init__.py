@@ -7,7 +7,11 @@ from ._version import __version__
 _build.load()
 
 from . import hf as _hf  # noqa: E402  the ops come after the library that implements them
-from . import reference  # noqa: E402
+from . import interop, losses, presets, reference, routers  # noqa: E402
+from .capacity import Capacity, limit_capacity  # noqa: E402
+from .explain import Explanation, explain  # noqa: E402
+from .hf import ReplaceReport, replace, restore  # noqa: E402
+from .layers import MoELayer  # noqa: E402
 from .ops import (  # noqa: E402
     PackedExperts,
     Permuted,
@@ -19,19 +23,33 @@ from .ops import (  # noqa: E402
     route,
     unpermute,
 )
+from .routers import Router  # noqa: E402
 
 _hf.install_hook()
 
 __all__ = [
+    "Capacity",
+    "Explanation",
+    "MoELayer",
     "PackedExperts",
     "Permuted",
+    "ReplaceReport",
+    "Router",
     "Routing",
     "__version__",
+    "explain",
     "fused_experts",
     "grouped_gemm",
+    "interop",
+    "limit_capacity",
+    "losses",
     "pack_experts",
     "permute",
+    "presets",
     "reference",
+    "replace",
+    "restore",
     "route",
+    "routers",
     "unpermute",
 ]

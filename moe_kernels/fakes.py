@@ -26,6 +26,11 @@ def _route_backward(grad_weights, grad_lse, logits, *_):
     return logits.new_empty(logits.shape)
 
 
+@register_fake(f"{NAMESPACE}::limit_capacity")
+def _limit_capacity(topk_ids, num_experts, capacity, group_size):
+    return topk_ids.new_empty(topk_ids.shape, dtype=torch.bool)
+
+
 @register_fake(f"{NAMESPACE}::permute")
 def _permute(x, topk_ids, num_experts, align):
     S, H = topk_ids.shape[0] * topk_ids.shape[1], x.shape[1]

@@ -91,6 +91,10 @@ def route_backward(grad_weights, grad_lse, logits, topk_ids, topk_weights, scori
     return _gradients(forward, (grad_weights, grad_lse), (logits,), (True,))[0]
 
 
+def limit_capacity(topk_ids, num_experts, capacity, group_size):
+    return reference.limit_capacity(topk_ids, num_experts, capacity, group_size=group_size)
+
+
 def permute(x, topk_ids, num_experts, align):
     return tuple(reference.permute(x, topk_ids, num_experts, align=align))
 

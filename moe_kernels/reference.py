@@ -135,6 +135,26 @@ def _finite_rows(l: Tensor) -> Tensor:
     return torch.where((l > -math.inf).any(-1, keepdim=True), l, 0.0)
 
 
+# ---- capacity
+
+
+def limit_capacity(topk_ids: Tensor, num_experts: int, capacity: int, *, group_size: int | None = None) -> Tensor:
+    """topk_ids [T, K] -> dropped bool [T, K]: in every group the slots beyond an expert's first `capacity` ones.
+
+    The order is by slot position: first choices of the group's tokens, then second choices, ... Absent slots stay.
+    """
+    T, E = topk_ids.shape[0], num_experts
+    dropped = [torch.zeros_like(topk_ids[:0], dtype=torch.bool)]
+    for ids in topk_ids.split(max(T if group_size is None else group_size, 1)):
+        walk = ids.T.flatten().long()
+        walk = torch.where((walk >= 0) & (walk < E), walk, E)
+        chosen = F.one_hot(walk, E + 1)
+        position = (chosen.cumsum(0) - chosen).gather(1, walk[:, None]).squeeze(1)
+        late = (position >= capacity) & (walk < E)
+        dropped.append(late.reshape(ids.T.shape).T)
+    return torch.cat(dropped)
+
+
 # ---- permute
 
 

@@ -24,6 +24,8 @@ SCHEMAS = {
     # -> grad of logits [T, E]
     "route_backward": "(Tensor? grad_weights, Tensor? grad_lse, Tensor logits, Tensor topk_ids, Tensor topk_weights, "
     "int scoring, bool renormalize, float renormalize_eps, float scale, float logit_softcap) -> Tensor",
+    # topk_ids [T, K] -> dropped [T, K] bool
+    "limit_capacity": "(Tensor topk_ids, int num_experts, SymInt capacity, SymInt group_size) -> Tensor",
     # x [T, H], topk_ids [T, K] -> x_rows [P, H], row_to_slot [P] i32, slot_to_row [S] i32, expert_offsets [E+1] i32
     "permute": "(Tensor x, Tensor topk_ids, int num_experts, int align) -> (Tensor, Tensor, Tensor, Tensor)",
     # grad_rows [P, H] -> grad of x [T, H]

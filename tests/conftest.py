@@ -46,12 +46,13 @@ def _seed_and_poison() -> Iterator[None]:
 
 
 CPU = SimpleNamespace(
-    name="cpu", route=mk.route, permute=mk.permute, grouped_gemm=mk.grouped_gemm, unpermute=mk.unpermute,
-    fused_experts=mk.fused_experts, device="cpu",
+    name="cpu", route=mk.route, limit_capacity=mk.limit_capacity, permute=mk.permute, grouped_gemm=mk.grouped_gemm,
+    unpermute=mk.unpermute, fused_experts=mk.fused_experts, device="cpu",
 )  # fmt: skip
 REFERENCE = SimpleNamespace(
-    name="reference", route=reference.route, permute=reference.permute, grouped_gemm=reference.grouped_gemm,
-    unpermute=reference.unpermute, fused_experts=reference.fused_experts, device="cpu",
+    name="reference", route=reference.route, limit_capacity=reference.limit_capacity, permute=reference.permute,
+    grouped_gemm=reference.grouped_gemm, unpermute=reference.unpermute, fused_experts=reference.fused_experts,
+    device="cpu",
 )  # fmt: skip
 
 

@@ -35,6 +35,7 @@ def includes(path: Path) -> list[str]:
 
 
 STRUCTS = {"route": "RouteArgs", "route_backward": "RouteBackwardArgs", "permute": "PermuteArgs",
+           "limit_capacity": "LimitCapacityArgs",
            "unpermute": "UnpermuteArgs", "unpermute_backward": "UnpermuteBackwardArgs",
            "grouped_gemm": "GroupedGemmArgs",
            "fused_experts": "FusedExpertsArgs", "fused_experts_backward": "FusedExpertsBackwardArgs"}  # fmt: skip
@@ -72,7 +73,7 @@ def test_the_struct_of_an_op_has_the_words_of_its_schema(op):
 
 
 def test_reference_and_ops_have_the_same_signature():
-    for name in ("route", "permute", "grouped_gemm", "unpermute", "fused_experts"):
+    for name in ("route", "limit_capacity", "permute", "grouped_gemm", "unpermute", "fused_experts"):
         public, spec = inspect.signature(getattr(mk, name)), inspect.signature(getattr(reference, name))
         assert list(public.parameters) == list(spec.parameters), name
         assert [p.default for p in public.parameters.values()] == [p.default for p in spec.parameters.values()], name

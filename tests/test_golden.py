@@ -17,17 +17,18 @@ import torch.nn.functional as F
 from conftest import golden_folder
 from safetensors import safe_open
 
+from moe_kernels import losses
+from moe_kernels.capacity import Capacity
+from moe_kernels.routers import Router, SparseMixer
+
 NOT_BUILT = {  # kind -> what is missing; such a file is not run beyond what this package has
     "ref_base_layer": "balanced assignment",
     "ref_bias_update": "update of the selection bias",
-    "ref_capacity_top1": "choice of the slots to drop",
-    "ref_capacity_top2": "choice of the slots to drop",
     "ref_expert_choice_c1": "expert choice router",
     "ref_expert_choice_c2": "expert choice router",
     "ref_gshard_top2": "GShard router",
     "ref_hash": "deterministic routers",
     "ref_hierarchical": "two-level router",
-    "ref_losses": "balance losses",
     "ref_noisy_topk": "noisy gating",
     "ref_sinkhorn": "Sinkhorn assignment",
 }
@@ -140,11 +141,8 @@ def finish(v, x, y):
 
 def routed(v, backend, x, kind):
     logits = F.linear(x, v.param(*ROUTER_WEIGHT), v.param("router.bias") if "param.router.bias" in v else None)
-    bias = next(
-        (v[name] for name in ("buffer.gate.e_score_correction_bias", "buffer.e_score_correction_bias") if name in v),
-        None,
-    )
-    routing = backend.route(logits, v["topk_ids"].shape[1], e_score_correction_bias=bias, **ROUTERS[kind](v.config))
+    options = ROUTERS[kind](v.config) | {"e_score_correction_bias": selection_bias(v)}
+    routing = backend.route(logits, v["topk_ids"].shape[1], **options)
     v.close(logits.detach(), "logits")
     v.same(routing.topk_ids, "topk_ids")
     v.close(routing.topk_weights.detach(), "topk_weights")
@@ -175,10 +173,42 @@ def hf_layer(v, backend, kind):
     if kind == "hf_qwen2_moe":
         y = y + torch.sigmoid(x @ v.param("shared_expert_gate.weight").T) * mlp(v, x, "shared_expert")
     finish(v, x, y)
+    balance(v, backend, kind)
+
+
+LOSSES = {  # tensor of a file -> the loss it holds
+    "aux_loss": losses.Switch(1.0, scope="sequence"), "z_loss": losses.ZLoss(1.0),
+    "aux_loss_hf": losses.Switch(1.0, divide_by_k=False), "loss_expert": losses.DeepSeekV2Expert(0.003),
+    "loss_device": losses.DeepSeekV2Device(0.05), "loss_comm": losses.DeepSeekV2Comm(0.02),
+    "loss_seq_paper": losses.DeepSeekV3(1e-4), "loss_seq_selected": losses.DeepSeekV3(1e-4, count="selected"),
+}  # fmt: skip
+
+
+def balance(v, backend, kind):
+    """Every balance loss of the file, and its gradient by the logits."""
+    for name in (name for name in LOSSES if name in v):
+        logits = v["logits"].flatten(0, -2).clone().requires_grad_()
+        options = ROUTERS[kind](v.config) if kind in ROUTERS else SOFTMAX
+        K = v["topk_ids"].shape[1] if "topk_ids" in v else 1
+        routing = backend.route(logits, K, e_score_correction_bias=selection_bias(v), **options)
+        inputs = losses.LossInputs(logits, routing, Router(**options), v.config["S"])
+        compare_loss(v, LOSSES[name], inputs, name)
+
+
+def compare_loss(v, loss, inputs, name):
+    value = loss(inputs)
+    v.close(value.detach().reshape(1), name)
+    (grad,) = torch.autograd.grad(value, inputs.logits)
+    v.close(grad.reshape(v["grad_logits_" + name].shape), "grad_logits_" + name)
+
+
+def selection_bias(v):
+    names = ("buffer.gate.e_score_correction_bias", "buffer.e_score_correction_bias")
+    return next((v[name] for name in names if name in v), None)
 
 
 def hf_switch(v, backend, kind):
-    """Top-1 with the probability as weight; which tokens are beyond an expert's capacity is given."""
+    """Top-1 with the probability as weight, and a fixed capacity a sequence."""
     x = start(v)
     logits = x @ v.param("router.classifier.weight").T
     routing = backend.route(logits, 1, renormalize=False)
@@ -186,20 +216,22 @@ def hf_switch(v, backend, kind):
     v.close(routing.topk_weights.detach().reshape(v["expert_prob"].shape), "expert_prob")
     E = v["logits"].shape[-1]
     up, down = (torch.stack([v.param(f"experts.expert_{e}.{name}.weight") for e in range(E)]) for name in ("wi", "wo"))
-    ids = torch.where(v["kept"].reshape(-1, 1), routing.topk_ids, -1)
+    late = backend.limit_capacity(routing.topk_ids, E, v.config["expert_capacity"], group_size=v.config["S"])
+    v.same(~late, "kept")
+    ids = torch.where(late, -1, routing.topk_ids)
     y = backend.fused_experts(x, up, down, routing.topk_weights, ids, activation="relu", gated=False)
     finish(v, x, y)
+    balance(v, backend, kind)
 
 
 def hf_phimoe_eval(v, backend, kind):
-    """The experts on the given routing; the sparsemixer router is not built, so no gradient of x or of the router."""
     x = start(v)
-    w13, w2 = v.param("experts.gate_up_proj"), v.param("experts.down_proj")
-    y = backend.fused_experts(x, w13, w2, v["topk_weights"], v["topk_ids"])
-    v.close(y.detach().reshape(v["y"].shape), "y")
-    grads = torch.autograd.grad(y, list(v.leaves.values()), v["gy"].reshape(y.shape))
-    for name, grad in zip(v.leaves, grads):
-        v.close(grad, "grad." + name)
+    logits = F.linear(x, v.param(*ROUTER_WEIGHT))
+    v.close(logits.detach(), "logits")
+    weights, ids = SparseMixer(v.config["router_jitter_noise"]).eval()(x, logits, v["topk_ids"].shape[1])
+    v.same(ids, "topk_ids")
+    v.close(weights.detach(), "topk_weights")
+    finish(v, x, backend.fused_experts(x, v.param("experts.gate_up_proj"), v.param("experts.down_proj"), weights, ids))
 
 
 # ---- ref_*
@@ -222,6 +254,41 @@ def ref_ties(v, backend, kind):
         got = backend.route(v["logits"], v.config["k"], renormalize=renormalize)
         v.same(got.topk_ids, "topk_ids")
         v.close(got.topk_weights, name)
+
+
+def ref_capacity(v, backend, kind):
+    """Which slots stay by position; a slot's place in the buffer is how many capacities drop it."""
+    (T, K), E = v["topk_ids"].shape, v.config["E"]
+    routing = backend.route(v["x"] @ v["router_weight"].T, K, renormalize=False)
+    v.same(routing.topk_ids, "topk_ids")
+    v.close(routing.topk_weights, "topk_weights")
+    assert Capacity(v.config["capacity_factor"]).slots(T, K, E) == v["capacity_ceil"]
+    assert Capacity(v.config["capacity_factor"], rounding="floor").slots(T, K, E) == v["capacity_floor"]
+    late = backend.limit_capacity(routing.topk_ids, E, int(v["capacity_ceil"]))
+    v.same(~late, "kept_position")
+    v.same(sum(backend.limit_capacity(routing.topk_ids, E, c).int() for c in range(1, T * K + 1)), "position_position")
+    ids = torch.where(late, -1, routing.topk_ids)
+    y = backend.fused_experts(
+        v["x"], v["w_up"], v["w_down"], routing.topk_weights, ids, activation=v.config["act"], gated=False
+    )
+    v.close(y, "y_position")
+
+
+def ref_losses(v, backend, kind):
+    def inputs(K):
+        logits = v["logits"].clone().requires_grad_()
+        return losses.LossInputs(logits, backend.route(logits, K))
+
+    K = v.config["k"]
+    v.same(inputs(1).routing.topk_ids, "top1_ids")
+    v.same(inputs(K).routing.topk_ids, "topk_ids")
+    for name, loss, k in (
+        ("switch_aux_unit", losses.Switch(1.0), 1), ("switch_aux", losses.Switch(), 1),
+        ("gshard_aux", losses.GShard(1.0), K), ("topk_aux_sum_hf", losses.Switch(1.0, divide_by_k=False), K),
+        ("topk_aux_div_k", losses.Switch(1.0), K), ("z_loss_unit", losses.ZLoss(1.0), K), ("z_loss", losses.ZLoss(), K),
+        ("importance_cv2", losses.Importance(1.0), K),
+    ):  # fmt: skip
+        compare_loss(v, loss, inputs(k), name)
 
 
 def ref_grok1(v, backend, kind):
@@ -273,7 +340,8 @@ def ref_token_table(v, backend, kind):
 KINDS = {
     **dict.fromkeys(ROUTERS, hf_layer), "hf_switch": hf_switch, "hf_phimoe_eval": hf_phimoe_eval,
     "ref_dispatch": ref_dispatch, "ref_ties": ref_ties, "ref_grok1": ref_grok1,
-    "ref_jitter_dropout": ref_jitter_dropout, "ref_token_table": ref_token_table,
+    "ref_jitter_dropout": ref_jitter_dropout, "ref_token_table": ref_token_table, "ref_capacity": ref_capacity,
+    "ref_losses": ref_losses,
 }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -205,13 +206,34 @@ def test_both_import_orders(first: str) -> None:
         "assert 'registered' in hf.hook_state()",
         "from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS as fp8",
         "assert fp8['moe_kernels'] is hf.fp8_experts_forward",
-        "assert not [f for f in sys.meta_path if type(f).__module__ == 'moe_kernels.hf']",
+        "assert not [f for f in sys.meta_path if type(f).__module__ == 'moe_kernels.hf.hook']",
         "module = sys.modules['transformers.integrations.moe']",
-        "assert type(module.__loader__).__module__ != 'moe_kernels.hf'",
+        "assert type(module.__loader__).__module__ != 'moe_kernels.hf.hook'",
         "import inspect; assert 'class ExpertsInterface' in inspect.getsource(module)",
     ]
     done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_overhead_of_the_hook(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading flags, weights and activation from the module costs less than 20 us over the op itself."""
+    module = tolerance.experts_modules(families.tiny_model("gpt_oss", hidden=32, width=32))[0]
+    x, ids, weights = torch.randn(1, 32), torch.tensor([[0, 1]]), torch.rand(1, 2)
+    said: list[Any] = []
+    op = hf.experts.ops.fused_experts
+    monkeypatch.setattr(hf.experts.ops, "fused_experts", lambda *a, **o: said.append((a, o)) or op(*a, **o))
+    hf.experts_forward(module, x, ids, weights)
+    monkeypatch.undo()
+    (arguments, options), best = said[0], [1.0, 1.0]
+    with torch.no_grad():
+        for _ in range(2000):
+            for way, call in enumerate(
+                (lambda: op(*arguments, **options), lambda: hf.experts_forward(module, x, ids, weights))
+            ):
+                start = time.perf_counter()
+                call()
+                best[way] = min(best[way], time.perf_counter() - start)
+    assert best[1] - best[0] < 20e-6
 
 
 def test_register_twice_and_unknown_name() -> None:

@@ -158,7 +158,7 @@ def test_activations_given_as_functions() -> None:
 
 
 def gate_of(home: str, name: str) -> Any:
-    return hf._fused_gate(build(home, name))
+    return hf.fused_gate(build(home, name))
 
 
 def test_which_gates_are_fused() -> None:
@@ -179,7 +179,7 @@ def test_a_gate_of_its_own_is_called() -> None:
 
     module = mixtral()
     module.__class__ = Tanh
-    assert hf._fused_gate(module) is None
+    assert hf.fused_gate(module) is None
     x, ids, weights = case_for(module)
     module.config._experts_implementation = hf.NAME
     by_class = module(x, ids, weights)
@@ -193,7 +193,7 @@ def test_a_gate_of_its_own_is_called() -> None:
 
     plain = mixtral()
     plain._apply_gate = types.MethodType(Tanh._apply_gate, plain)
-    assert hf._fused_gate(plain) is None
+    assert hf.fused_gate(plain) is None
     plain.config._experts_implementation = hf.NAME
     assert torch.equal(plain(x, ids, weights), by_class)
 
@@ -202,7 +202,7 @@ def test_interleaved_rows_with_the_default_gate_are_not_fused() -> None:
     """The default gate splits in halves whatever the flag says; what the flag means there is the module's business."""
     module = mixtral()
     module.is_concatenated = False
-    assert hf._fused_gate(module) is None
+    assert hf.fused_gate(module) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.float8_e4m3fn])

@@ -30,6 +30,7 @@ def samples(dtype=torch.float32):
         "route_backward",
         (torch.rand_like(r.topk_weights), None, logits, r.topk_ids, r.topk_weights, 0, True, 0.0, 1.0, 0.0),
     )
+    yield "limit_capacity", (r.topk_ids, 8, 2, 4)
     yield "permute", (case.x, r.topk_ids, 8, 4)
     yield "permute_backward", (torch.randn_like(p.x_rows), p.slot_to_row, 6)
     yield "grouped_gemm", (p.x_rows, b, p.expert_offsets[1:], None, 1)

@@ -3,9 +3,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "../cpu/choice.h"
 #include "../cpu/isa.h"
 #include "../cpu/limits.h"
 
@@ -20,6 +23,20 @@ std::vector<std::string> isa_levels() {
   return names;
 }
 
+/// How one panel of a product runs: the ways that refuse it and why, the way taken, its columns, and its depth (0:
+/// all). halves: gate and up side by side.
+py::tuple panel_way(int64_t row_stride, int64_t col_stride, bool padded, int64_t bytes, int64_t n, int64_t rows,
+                    bool halves) {
+  const int64_t acc_bytes = bytes == 8 ? 8 : 4;
+  const int64_t width = halves || n > moe::kPanel ? kPair : moe::kPanel;
+  const PanelCase panel{row_stride, col_stride, padded, bytes == acc_bytes, std::min(n, kPair), width, rows, false};
+  std::vector<std::pair<std::string, std::string>> refused;
+  const WayRow* way = kWays;
+  for (; way->refusal(panel) != nullptr; ++way) refused.emplace_back(way->name, way->refusal(panel));
+  const int64_t depth = way->way == Way::packed ? depth_block(acc_bytes) : 0;
+  return py::make_tuple(refused, way->name, width, depth);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
@@ -28,6 +45,10 @@ PYBIND11_MODULE(_host, m) {
       "active_isa", [] { return isa_name(active_isa()); },
       "The level in use; RuntimeError if MOE_KERNELS_ISA is no level.");
   m.def("isa_levels", &isa_levels, "The levels that this processor has, lowest first.");
+  m.attr("token_block") = kTokenBlock;
+  m.def("panel_way", &panel_way, "(refused, way, columns, depth) of a product with a weight of these strides.",
+        py::arg("row_stride"), py::arg("col_stride"), py::arg("padded"), py::arg("bytes"), py::arg("n"),
+        py::arg("rows"), py::arg("halves"));
   m.def("multiply_add_rate", &multiply_add_rate, "Operations a second of a loop of multiply-adds on registers.",
         py::arg("threads"), py::arg("float64"), py::arg("steps"), py::call_guard<py::gil_scoped_release>());
   m.def(

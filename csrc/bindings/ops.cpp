@@ -84,6 +84,26 @@ Tensor route_backward(const MaybeTensor& grad_weights_, const MaybeTensor& grad_
   return out;
 }
 
+Tensor limit_capacity(const Tensor& topk_ids, int64_t E, int64_t capacity, int64_t group_size) {
+  require(topk_ids.dim() == 2, "limit_capacity: topk_ids must be [T, K], got ", topk_ids.dim(), " dimensions");
+  require(E >= 1 && capacity >= 1 && group_size >= 1, "limit_capacity: num_experts, capacity and group_size must be ",
+          "positive, got ", E, ", ", capacity, " and ", group_size);
+  const Tensor ids = narrow_ids("limit_capacity", topk_ids, E);
+  Tensor dropped = empty(topk_ids, {topk_ids.size(0), topk_ids.size(1)}, ScalarType::Bool);
+  LimitCapacityArgs args{topk_ids.size(0),
+                         E,
+                         topk_ids.size(1),
+                         capacity,
+                         group_size,
+                         ids.const_data_ptr<int32_t>(),
+                         static_cast<uint8_t*>(dropped.mutable_data_ptr()),
+                         nullptr};
+  const Workers workers = torch_workers();
+  const Tensor space = workspace(topk_ids, cpu::limit_capacity_workspace_bytes, args, workers);
+  cpu::limit_capacity(args, workers);
+  return dropped;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> permute(const Tensor& x_, const Tensor& topk_ids, int64_t E, int64_t align) {
   const DType dtype = dtype_of("permute", "x", x_);
   require(x_.dim() == 2 && topk_ids.dim() == 2, "permute: x must be [T, H] and topk_ids [T, K]");
@@ -188,6 +208,7 @@ Tensor grouped_gemm(const Tensor& a, const Tensor& b, const MaybeTensor& offs_, 
 STABLE_TORCH_LIBRARY_IMPL(moe_kernels, CPU, m) {
   m.impl("route", boxed<&route>);
   m.impl("route_backward", boxed<&route_backward>);
+  m.impl("limit_capacity", boxed<&limit_capacity>);
   m.impl("permute", boxed<&permute>);
   m.impl("permute_backward", boxed<&permute_backward>);
   m.impl("grouped_gemm", boxed<&grouped_gemm>);

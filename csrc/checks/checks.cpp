@@ -123,6 +123,28 @@ void check_narrow_ids() {
   expect(narrow == std::vector<int32_t>{1, 2, -1, -1, -1, 0}, "narrow_ids: through the map");
 }
 
+void check_limit_capacity(const Workers& workers) {
+  constexpr int64_t T = 23, E = 6, K = 3;
+  const auto ids = choose_experts(T, E, K);
+  for (const int64_t group_size : {T, int64_t(7), int64_t(100)})
+    for (const int64_t capacity : {1, 3, 100}) {
+      std::vector<uint8_t> dropped(T * K, 7);
+      LimitCapacityArgs args{T, E, K, capacity, group_size, ids.data(), dropped.data(), nullptr};
+      const Scratch scratch(cpu::limit_capacity_workspace_bytes(args, workers));
+      args.workspace = scratch.get();
+      cpu::limit_capacity(args, workers);
+      for (int64_t slot = 0; slot < T * K; ++slot) {
+        int64_t earlier = 0;  // slots of the same expert and group that come first
+        for (int64_t other = 0; other < T * K; ++other) {
+          const int64_t t = slot / K, k = slot % K, u = other / K, j = other % K;
+          earlier += ids[other] == ids[slot] && u / group_size == t / group_size && (j < k || (j == k && u < t));
+        }
+        expect(dropped[slot] == (ids[slot] >= 0 && earlier >= capacity), "limit_capacity: dropped[", slot,
+               "] = ", int(dropped[slot]), " with ", earlier, " earlier slots and capacity ", capacity);
+      }
+    }
+}
+
 void check_permutation(const Workers& workers, int64_t align) {
   constexpr int64_t T = 23, E = 6, K = 3, H = 19;
   const auto ids = choose_experts(T, E, K);
@@ -240,6 +262,7 @@ int main() {
     check_route(workers);
     for (const Scoring scoring : {Scoring::softmax, Scoring::sigmoid, Scoring::sqrtsoftplus})
       check_route_backward(workers, scoring);
+    check_limit_capacity(workers);
     for (const int64_t align : {1, 8}) check_permutation(workers, align);
     check_grouped_gemm<double>(workers);
     check_grouped_gemm<float>(workers);

@@ -6,7 +6,6 @@
 
 namespace moe::cpu {
 
-constexpr int64_t kTokenBlock = 2048;   // tokens whose output columns one worker sums at a time
 constexpr int64_t kOutBlock = 1 << 17;  // output elements that it sums at a time: they stay in the second-level cache
 
 inline int64_t rows13(const ExpertMlp& p) { return p.gated ? 2 * p.I : p.I; }

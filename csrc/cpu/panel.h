@@ -1,22 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 // Two panels of 32 output columns of an expert's weight side by side, and the product of rows with them. The way is
-// chosen by layout and by the number of rows: few rows read the weight where it lies, many rows pay for a packed float
-// copy first. A long contraction goes in blocks, each packed just before it is used, so that the copy is still in the
-// second-level cache.
+// chosen by layout and by the number of rows (choice.h): few rows read the weight where it lies, many rows pay for a
+// packed float copy first. A long contraction goes in blocks, each packed just before it is used, so that the copy is
+// still in the second-level cache.
 #pragma once
+#include "choice.h"
 #include "parallel.h"
 #include "tile.h"
 
 namespace moe::cpu {
 
-constexpr int64_t kDotRows = 20;     // from here on a transposed copy is cheaper than sums across lanes
-constexpr int64_t kDirectRows = 16;  // from here on a contiguous copy is cheaper than strided reads
-constexpr int64_t kRowBlock = 480;   // rows of a product kept in cache (a multiple of the 12-row tile)
+constexpr int64_t kRowBlock = 480;  // rows of a product kept in cache (a multiple of the 12-row tile)
 
-constexpr int64_t kPair = 2 * kPanel;
-
-/// Contracted elements in a block: 256 KiB of two packed panels. Shorter pieces of weight rows come slower from memory.
-template <class A> constexpr int64_t kDepthBlock = 4096 / sizeof(A);
+template <class A> constexpr int64_t kDepthBlock = depth_block(sizeof(A));
 template <class A> constexpr int64_t kPackedSize = kDepthBlock<A> * kPair;
 
 /// Calls f(first, count) for the rows [begin, end), cut at the multiples of kRowBlock.
@@ -39,11 +35,8 @@ template <class W> class Panel {
   /// left operand that runs by column cannot be dotted.
   Panel(const Weight& w, Half first, Half second, int64_t k, int64_t rows, bool by_column = false)
       : w_(w), half_{first, second}, k_(k), width_(second.n > 0 ? kPair : kPanel) {
-    const bool one_read = rows < kDirectRows || (w.padded && std::is_same_v<W, A>);
-    const bool whole = w.padded || first.n + second.n == width_;
-    if (w.col_stride == 1 && rows < kDotRows && !by_column) way_ = Way::dot;
-    else if (w.row_stride == 1 && whole && one_read) way_ = Way::direct;
-    else way_ = Way::packed;
+    const int64_t n = first.n + second.n;
+    way_ = way_of({w.row_stride, w.col_stride, w.padded, std::is_same_v<W, A>, n, width_, rows, by_column});
   }
 
   /// Columns [32 * index, +n) of expert e, n at most 64.
@@ -64,7 +57,8 @@ template <class W> class Panel {
     const int64_t apart = half_[1].b - half_[0].b;
     if (way_ == Way::direct)
       return tile<W>().outer({left, half_[0].b, w_.col_stride, c, c_stride, rows, width_, k_, false, apart});
-    const bool joined = w_.row_stride == 1 && !w_.padded && apart == kPanel;  // 64 columns in one piece
+    const bool joined =
+        w_.row_stride == 1 && !w_.padded && apart == kPanel && half_[0].n == kPanel;  // 64 columns in one piece
     for (int64_t k = 0; k < k_ || k == 0; k += kDepthBlock<A>) {
       const int64_t depth = std::min(kDepthBlock<A>, k_ - k);
       if (joined)
@@ -80,8 +74,6 @@ template <class W> class Panel {
   }
 
  private:
-  enum class Way { dot, direct, packed };
-
   void pack(Half half, int64_t depth, A* packed) const {
     if (w_.col_stride == 1) return tile<W>().transpose(half.b, w_.row_stride, half.n, depth, packed);
     if (w_.padded) return tile<W>().widen(half.b, packed, depth * kPanel);

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hugging Face's own switch: `experts_implementation="moe_kernels"`.
+"""The experts function that transformers calls for a layer under `experts_implementation="moe_kernels"`.
 
-transformers (>= 5.0) looks its experts function up by name at every call. `register()` puts ours under "moe_kernels";
-no model code, parameter, router or state_dict key changes. What a class asks for is read from the flags that the
-decorator of transformers leaves on the module, with defaults, so that older and newer versions work alike:
+What a class asks for is read from the flags that the decorator of transformers leaves on the module, with defaults, so
+that older and newer versions work alike:
 
     gate_up_proj [E, 2I, H] rows [gate; up]     or [E, H, 2I] with is_transposed, or up_proj [E, I, H] without has_gate
     down_proj    [E, H, I]                      or [E, I, H] with is_transposed
@@ -16,26 +15,18 @@ outside our list, a norm behind the experts) runs permute, grouped_gemm, its own
 from __future__ import annotations
 
 import functools
-import importlib.abc
-import importlib.machinery
-import importlib.util
 import sys
-import types
-import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn import Parameter
 
-from . import ops
+from .. import ops
 
-NAME = "moe_kernels"
 MOE_MODULE = "transformers.integrations.moe"
-FP8_MODULE = "transformers.integrations.finegrained_fp8"
 GPT_OSS_MODULE = "transformers.models.gpt_oss.modeling_gpt_oss"
-_REGISTRIES = {MOE_MODULE: "ALL_EXPERTS_FUNCTIONS", FP8_MODULE: "ALL_FP8_EXPERTS_FUNCTIONS"}
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
 
 # ---- the experts function ------------------------------------------------------------------------------------------
 
@@ -55,9 +46,10 @@ def experts_forward(
 
     Errors: TypeError for quantised weights, ValueError for weights that are only a shard of the experts.
     """
-    w13, w13_bias, w2, w2_bias = _weights(module)
-    gate = _fused_gate(module)
-    x = hidden_states.to(w13.dtype)
+    w13, w13_bias, w2, w2_bias = local_weights(module)
+    gate = fused_gate(module)
+    dtype = hidden_states.dtype
+    x = hidden_states if dtype == w13.dtype else hidden_states.to(w13.dtype)
     if gate is None or w2.dtype != w13.dtype:
         y = _unfused(module, x, w13, w13_bias, w2, w2_bias, top_k_index, top_k_weights)
     else:
@@ -77,7 +69,7 @@ def experts_forward(
             swiglu_limit=limit,
             swiglu_alpha=alpha,
         )
-    return y.to(hidden_states.dtype)
+    return y if y.dtype == dtype else y.to(dtype)
 
 
 def _unfused(
@@ -115,24 +107,29 @@ def _flag(module: Any, name: str, default: bool) -> bool:
     return bool(getattr(module, name, default))
 
 
-def _weights(module: Any) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
+def local_weights(module: Any) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
     """w13, its bias, w2, its bias: plain local floating tensors that hold every expert of the module, or an error."""
     up = "gate_up_proj" if _flag(module, "has_gate", True) else "up_proj"
     w13, w2 = _local(module, up), _local(module, "down_proj")
-    num_experts = getattr(module, "num_experts", w13.shape[0])
-    if w13.shape[0] != num_experts or w2.shape[0] != num_experts:
+    held, num_experts = w13.shape[0], getattr(module, "num_experts", None)
+    if held != w2.shape[0] or num_experts not in (None, held):
         raise ValueError(
             f"moe_kernels: {type(module).__name__} has num_experts={num_experts}, but the local weights hold "
-            f"{w13.shape[0]} ({up}) and {w2.shape[0]} (down_proj) experts: gather a sharded layer before its forward, "
+            f"{held} ({up}) and {w2.shape[0]} (down_proj) experts: gather a sharded layer before its forward, "
             "or set num_experts to the local count as expert parallelism does"
         )
     if not _flag(module, "has_bias", False):
         return w13, None, w2, None
-    return w13, _local(module, f"{up}_bias").to(w13.dtype), w2, _local(module, "down_proj_bias").to(w2.dtype)
+    b13, b2 = _local(module, f"{up}_bias"), _local(module, "down_proj_bias")
+    if b13.dtype != w13.dtype or b2.dtype != w2.dtype:
+        b13, b2 = b13.to(w13.dtype), b2.to(w2.dtype)
+    return w13, b13, w2, b2
 
 
 def _local(module: Any, name: str) -> torch.Tensor:
     weight = getattr(module, name, None)
+    if type(weight) is Parameter and weight.dtype in _DTYPES:
+        return weight
     if weight is None:
         raise TypeError(f"moe_kernels: {type(module).__name__} has no {name}; choose another experts_implementation")
     if hasattr(type(weight), "to_local"):  # a DTensor: kernels take this rank's part
@@ -145,7 +142,7 @@ def _local(module: Any, name: str) -> torch.Tensor:
     return weight  # type: ignore[no-any-return]
 
 
-def _fused_gate(module: Any) -> tuple[str, bool, float, float] | None:
+def fused_gate(module: Any) -> tuple[str, bool, float, float] | None:
     """(activation, interleaved, swiglu_limit, swiglu_alpha) of a gate that `fused_experts` computes, or None."""
     if _flag(module, "has_post_expert_norm", False):
         return None
@@ -208,98 +205,3 @@ def activation_name(act_fn: Any) -> str | None:
     if kind.__name__ == "GELU":
         return {"none": "gelu", "tanh": "gelu_tanh"}.get(act_fn.approximate)
     return _CLASSES.get(kind.__name__)
-
-
-# ---- registration --------------------------------------------------------------------------------------------------
-
-
-def fp8_experts_forward(module: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """What transformers finds under our name for an FP8 model: a refusal that says what to do."""
-    raise TypeError(
-        f"moe_kernels: {type(module).__name__} holds FP8 experts, and quantised experts are not supported. "
-        "Load the model with its quantization config set to dequantize=True, or choose experts_implementation="
-        "'grouped_mm'"
-    )
-
-
-_FUNCTION_OF = {MOE_MODULE: experts_forward, FP8_MODULE: fp8_experts_forward}
-
-
-def register() -> bool:
-    """Register "moe_kernels" in the experts registries of transformers that are loaded; True if the main one was.
-
-    Never imports transformers. Calling it again is harmless.
-    """
-    done = [_register_in(name) for name in _REGISTRIES]
-    return done[0]
-
-
-def is_registered() -> bool:
-    """Whether `experts_implementation="moe_kernels"` is known to the transformers that is loaded."""
-    registry = getattr(sys.modules.get(MOE_MODULE), _REGISTRIES[MOE_MODULE], None)
-    return registry is not None and registry.get(NAME) is experts_forward
-
-
-def hook_state() -> str:
-    """One line for `doctor`: registered, waiting for transformers to load, or not installed."""
-    if is_registered():
-        return f'registered: experts_implementation="{NAME}" works'
-    if any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        return "waiting: registers itself when transformers loads"
-    return "not installed"
-
-
-def install_hook() -> None:
-    """Register now what is loaded; the rest registers itself when it loads. Called by `import moe_kernels`."""
-    waiting = [name for name in _REGISTRIES if not _register_in(name)]
-    if waiting and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder(waiting))
-
-
-def _register_in(module_name: str) -> bool:
-    registry = getattr(sys.modules.get(module_name), _REGISTRIES[module_name], None)
-    if registry is None:
-        return False
-    try:
-        registry.register(NAME, _FUNCTION_OF[module_name])
-    except Exception as error:  # a future transformers must still import
-        warnings.warn(f"moe_kernels: could not register with {module_name}: {error!r}", RuntimeWarning, stacklevel=2)
-        return False
-    return True
-
-
-class _Finder(importlib.abc.MetaPathFinder):
-    """Sees the import of a module with a registry, lets the usual finders find it, and registers after it has run."""
-
-    def __init__(self, waiting: list[str]) -> None:
-        self.waiting = set(waiting)
-
-    def find_spec(
-        self, name: str, path: Sequence[str] | None = None, target: types.ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if name not in self.waiting:
-            return None
-        self.waiting.discard(name)  # so that the search below passes us by
-        spec = importlib.util.find_spec(name)
-        if not self.waiting and self in sys.meta_path:
-            sys.meta_path.remove(self)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
-        return spec
-
-
-class _Loader(importlib.abc.Loader):
-    """The module's own loader; hands the module back to it, runs it, then registers."""
-
-    def __init__(self, loader: importlib.abc.Loader) -> None:
-        self.loader = loader
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType | None:
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: types.ModuleType) -> None:
-        module.__loader__ = self.loader
-        if module.__spec__ is not None:
-            module.__spec__.loader = self.loader
-        self.loader.exec_module(module)
-        _register_in(module.__name__)
