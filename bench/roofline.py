@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import statistics
+import time
 
 import torch
 
@@ -17,6 +18,7 @@ from moe_kernels import _host
 
 STEPS = 2_000_000
 READ_BYTES = 1 << 29
+PAUSE = 0.02  # until the threads of the call before have stopped waiting for work
 
 
 @functools.cache
@@ -26,11 +28,13 @@ def _buffer() -> torch.Tensor:
 
 def flops_per_s(dtype: torch.dtype = torch.float32, threads: int = 0) -> float:
     """Of multiply-adds in registers; 16-bit types are multiplied as float32."""
+    time.sleep(PAUSE)
     return float(_host.multiply_add_rate(threads or torch.get_num_threads(), dtype == torch.float64, STEPS))
 
 
 def read_bytes_per_s(threads: int = 0) -> float:
     """Of a plain read from memory."""
+    time.sleep(PAUSE)
     return float(_host.read_rate(threads or torch.get_num_threads(), _buffer().data_ptr(), READ_BYTES))
 
 

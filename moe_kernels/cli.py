@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 NOT_BUILT = {
-    "bench": "the benchmarks run from a clone of the project with `make bench`",
     "inspect": "the state of a running layer",
     "plan": "the cost of expert parallelism on a cluster",
     "plot": "pictures of recorded expert load",
@@ -29,9 +30,24 @@ def parser() -> argparse.ArgumentParser:
         help="only this part; may be given more than once",
     )
     words.add_parser("doctor", help="versions, build, which backend each op uses and why, what to do about the rest")
+    words.add_parser("bench", help="ours against every installed peer, with rooflines; from a clone", add_help=False)
     for word, what in NOT_BUILT.items():
         words.add_parser(word, help=f"not built yet: {what}")
     return top
+
+
+def bench(arguments: Sequence[str]) -> int:
+    """bench/suite.py of the clone that this package was installed from in place, or of the working folder."""
+    for root in (Path(__file__).resolve().parents[1], Path.cwd()):
+        suite = root / "bench" / "suite.py"
+        if suite.is_file() and (root / "csrc" / "moe.h").is_file():
+            return subprocess.run([sys.executable, str(suite), *arguments], check=False).returncode
+    print(
+        "moe_kernels bench: the benchmark is not part of the installed package. Clone the project and run this from "
+        "its folder, or `make bench` there.",
+        file=sys.stderr,
+    )
+    return 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if asked.word in NOT_BUILT:
         print(f"moe_kernels {asked.word}: not built yet ({NOT_BUILT[asked.word]}).", file=sys.stderr)
         return 2
+    if asked.word == "bench":
+        return bench(rest)
     if rest:
         parser().error(f"unrecognized arguments: {' '.join(rest)}")
     if asked.word == "doctor":

@@ -12,7 +12,7 @@
 namespace moe::cpu {
 namespace {
 
-constexpr int64_t kWgradRows = 96;     // rows of a weight gradient a task owns: 8 tiles of 12
+constexpr int64_t kWgradRows = 96;     // rows of a weight gradient a task owns
 constexpr int64_t kWgradDepth = 1024;  // token rows packed at a time
 
 template <class A> struct Buffers {
@@ -21,21 +21,21 @@ template <class A> struct Buffers {
   A* grad_h;              // [S, 2I | I] in the row order of w13, times s
   A* weighted_act;        // [S, I], a times the weight at the output
   A* weight_parts;        // [ceil(I/32), S] shares of the gradient of the routing weights
-  A* right;               // [ceil(k/32), S, 32] the right side of a weight gradient, panel by panel
+  A* right;               // [ceil(k/64), S, 64] the right side of a weight gradient, panel by panel
   A *panel, *c, *u, *y;   // a worker's packed panels, products, output columns
   int64_t panel_size, c_size = kRowBlock * kPair, u_size = kRowBlock * kPair, y_size;
 
   Buffers(const FusedExpertsBackwardArgs& args, int32_t workers, Workspace& space) {
     const ExpertMlp& p = args.mlp;
     const int64_t S = p.T * p.K, copy = is_acc<A>(p.dtype) ? 0 : p.T * p.H;
-    const int64_t packed = (kWgradDepth + kPanel) * kWgradRows;
+    const int64_t packed = (kWgradDepth + kPair) * kWgradRows;
     const int64_t widest = !args.grad_w13 && !args.grad_w2 ? 0 : std::max(p.H, rows13(p));
     panel_size = std::max({kPackedSize<A>, packed, p.H}), y_size = std::max(combine_size(p, workers), p.H);
     row_to_token = space.take<int32_t>(S);
     x = space.take<A>(copy), grad_y = space.take<A>(copy);
     grad_h = space.take<A>(S * rows13(p)), weighted_act = space.take<A>(args.grad_w2 ? S * p.I : 0);
     weight_parts = space.take<A>(args.grad_topk_weights ? ceil_div(p.I, kPanel) * S : 0);
-    right = space.take<A>(ceil_div(widest, kPanel) * kPanel * S);
+    right = space.take<A>(ceil_div(widest, kPair) * kPair * S);
     panel = space.take<A>(workers * panel_size), c = space.take<A>(workers * c_size);
     u = space.take<A>(workers * u_size), y = space.take<A>(workers * y_size);
   }
@@ -189,9 +189,9 @@ template <class W> class Backward {
                        void* grad) const {
     if (out.col_stride != 1) std::swap(n_side, k_side), std::swap(n_size, k_size);
     const int64_t blocks = ceil_div(n_size, kWgradRows), rows = p_.expert_offsets[p_.E];
-    for_tasks(workers_, ceil_div(k_size, kPanel), [&](int32_t, int64_t panel) {
-      pack_columns(k_side, 0, rows, panel * kPanel, std::min(kPanel, k_size - panel * kPanel),
-                   buffers_.right + panel * rows * kPanel, kPanel);
+    for_tasks(workers_, ceil_div(k_size, kPair), [&](int32_t, int64_t panel) {
+      pack_columns(k_side, 0, rows, panel * kPair, std::min(kPair, k_size - panel * kPair),
+                   buffers_.right + panel * rows * kPair, kPair);
     });
     for_tasks(workers_, p_.E * blocks, [&](int32_t worker, int64_t task) {
       const int64_t e = task / blocks, n0 = task % blocks * kWgradRows, n = std::min(kWgradRows, n_size - n0);
@@ -206,18 +206,19 @@ template <class W> class Backward {
     A *left = panel(worker), *sum = left + kWgradDepth * kWgradRows;
     const int64_t rows = p_.expert_offsets[p_.E];
     const bool once = rows_.end(e) - rows_.begin(e) <= kWgradDepth;  // the left side stays packed over all of k
-    for (int64_t k0 = 0; k0 < k_size; k0 += kPanel) {
-      const int64_t k = std::min(kPanel, k_size - k0);
-      const bool in_place = std::is_same_v<W, A> && k == kPanel;  // the sums go straight to the gradient
+    for (int64_t k0 = 0; k0 < k_size; k0 += kPair) {
+      const int64_t k = std::min(kPair, k_size - k0), width = k > kPanel ? kPair : kPanel;
+      const bool in_place = std::is_same_v<W, A> && k == width;  // the sums go straight to the gradient
       A* c = in_place ? reinterpret_cast<A*>(block + k0) : sum;
       for (int64_t r0 = rows_.begin(e); r0 < rows_.end(e); r0 += kWgradDepth) {
         const int64_t depth = std::min(kWgradDepth, rows_.end(e) - r0);
         if (k0 == 0 || !once) pack_columns(n_side, r0, depth, n0, n, left, kWgradRows);
-        const A* right = buffers_.right + k0 * rows + r0 * kPanel;
+        const A* right = buffers_.right + k0 * rows + r0 * kPair;
         const Left<A> columns{left, kWgradRows, nullptr, true};
-        tile<A>().outer({columns, right, kPanel, c, in_place ? k_size : kPanel, n, kPanel, depth, r0 > rows_.begin(e)});
+        tile<A>().outer({columns, right, kPair, c, in_place ? k_size : kPair, n, width, depth, r0 > rows_.begin(e),
+                         kPanel, in_place && once});
       }
-      if (!in_place) tile<W>().narrow(sum, kPanel, block + k0, k_size, n, k);
+      if (!in_place) tile<W>().narrow(sum, kPair, block + k0, k_size, n, k);
     }
   }
 

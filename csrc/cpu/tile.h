@@ -26,6 +26,7 @@ template <class T> struct ProductArgs {
   int64_t c_stride, m, n, k;
   bool accumulate;
   int64_t b_half = kPanel;  // outer: from column 0 to column 32
+  bool stream = false;      // outer: c is written past the caches, where that is possible
 };
 
 template <class T> struct Tile {

@@ -30,6 +30,22 @@ template <class A> inline Vec<A> load(const A* p) {
 }
 template <class A> inline void store(A* p, Vec<A> v) { std::memcpy(p, &v, sizeof v); }
 
+/// Past the caches: a line that is not read again need not be read before it is written. p is aligned to a vector.
+template <class A> inline void store_streaming(A* p, Vec<A> v) {
+#if MOE_VEC_BYTES == 64
+  _mm512_stream_ps((float*)p, bit_cast<__m512>(v));
+#elif MOE_VEC_BYTES == 32
+  _mm256_stream_ps((float*)p, bit_cast<__m256>(v));
+#else
+  store(p, v);
+#endif
+}
+inline void end_streaming() {  // before another thread may look
+#if MOE_VEC_BYTES > 16
+  _mm_sfence();
+#endif
+}
+
 inline BitVec widen_bits(HalfVec h) {
 #if MOE_VEC_BYTES == 64  // GCC 12 splits the generic conversion into halves
   return BitVec(_mm512_cvtepu16_epi32(__m256i(h)));
@@ -209,7 +225,8 @@ void outer_tile(const ProductArgs<T>& p, int64_t m0, int64_t n0) {
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
       A* c = p.c + (m0 + m) * p.c_stride + n0 + v * L;
-      store(c, p.accumulate ? load(c) + acc[m][v] : acc[m][v]);
+      if (p.stream) store_streaming(c, acc[m][v]);
+      else store(c, p.accumulate ? load(c) + acc[m][v] : acc[m][v]);
     }
 }
 template <class T, int M, int V>
@@ -230,10 +247,19 @@ template <class T, int M, int V> void outer_by(const ProductArgs<T>& p) {
 template <class T> void outer(const ProductArgs<T>& p) {
   constexpr bool kMany = MOE_VEC_REGS == 32;
   // Four vectors take 10 loads for 24 multiply-adds, two take 14: it shows where two threads share a core.
-  if constexpr (kMany) {
-    if (p.n % (4 * VecOf<acc_t<T>>::lanes) == 0) return outer_by<T, 6, 4>(p);
+  if (p.stream) {
+    const bool aligned = (uintptr_t(p.c) | p.c_stride * sizeof(*p.c)) % MOE_VEC_BYTES == 0;
+    ProductArgs<T> plain = p;
+    plain.stream = false;
+    if (p.accumulate || !aligned) return outer<T>(plain);
   }
-  outer_by<T, kMany ? 12 : 6, 2>(p);
+  if constexpr (kMany) {
+    if (p.n % (4 * VecOf<acc_t<T>>::lanes) == 0) outer_by<T, 6, 4>(p);
+    else outer_by<T, 12, 2>(p);
+  } else {
+    outer_by<T, 6, 2>(p);
+  }
+  if (p.stream) end_streaming();
 }
 
 // ---- transpose: 16 bytes of each row to a vector, whose 16-byte lanes are then transposed among few vectors
