@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -103,6 +104,8 @@ def zentorch(shape: Shape, w13: torch.Tensor, w2: torch.Tensor, tokens: int) -> 
         raise UnavailableError(f"zentorch: {error}") from None
     if w13.requires_grad:
         raise UnavailableError("zentorch: its fused layer has no backward")
+    if "avx512_bf16" not in Path("/proc/cpuinfo").read_text():
+        raise UnavailableError("zentorch: needs avx512_bf16; without it, its numbers are wrong and it corrupts memory")
     w13, w2 = w13.clone(), w2.clone()
 
     def layer(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -148,7 +148,8 @@ def _picture(rows: list[Row], path: Path) -> None:
     axes.set_yticks([y + 0.4 for y in range(len(rows))], [row["name"] for row in rows])
     axes.invert_yaxis()
     axes.set_xlabel("time over ours (right of the line: ours is faster)")
-    axes.legend(fontsize="small")
+    if sides:
+        axes.legend(fontsize="small")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
