@@ -104,7 +104,7 @@ def said(op: str, product: str, transposed: bool, dtype: torch.dtype, sizes: dic
 def test_the_way_is_the_one_that_ran(op: str, transposed: bool, dtype: torch.dtype) -> None:
     """At both sides of every threshold, with full and with ragged panels."""
     seen = set()
-    for rows in (1, 15, 16, 19, 20, 33):
+    for rows in (1, 11, 12, 15, 16, 33):
         for N in (64, 40):
             product, total, sizes = run(op, rows, N, transposed, dtype)
             isa, way = said(op, product, transposed, dtype, sizes)

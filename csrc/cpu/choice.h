@@ -6,7 +6,7 @@
 
 namespace moe::cpu {
 
-constexpr int64_t kDotRows = 20;       // from here on a transposed copy is cheaper than sums across lanes
+constexpr int64_t kDotRows = 12;       // from here on a transposed copy is cheaper than sums across lanes
 constexpr int64_t kDirectRows = 16;    // from here on a contiguous copy is cheaper than strided reads
 constexpr int64_t kTokenBlock = 2048;  // tokens whose output columns one worker sums at a time
 
