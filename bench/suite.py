@@ -87,7 +87,8 @@ def run_layer(case: Case, budget: float) -> dict[str, Any]:
     w13.grad = w2.grad = None
     flops, bytes_ = work_of(case)
     limit, read = times.limit(flops, bytes_), times.limit(0, bytes_)
-    wrong = {name: error for name, error in errors.items() if not error <= bound(case.dtype)}
+    limit_of_error = bound(case.dtype, case.shape)
+    wrong = {name: error for name, error in errors.items() if not error <= limit_of_error}
     return {
         "name": case.name,
         "ms": {name: 1e3 * times.median(name) for name in sides},
@@ -98,7 +99,7 @@ def run_layer(case: Case, budget: float) -> dict[str, Any]:
         "gflops": sorted(times.flops_per_s)[len(times.flops_per_s) // 2] / 1e9,
         "read_gb_per_s": sorted(times.read_per_s)[len(times.read_per_s) // 2] / 1e9,
         "errors": errors,
-        "error_bound": bound(case.dtype),
+        "error_bound": limit_of_error,
         "wrong": sorted(wrong),
         "absent": out,
         "bars": [report.verdict(case, bar, times, limit, read, wrong) for bar in case.bars],
