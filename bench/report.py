@@ -75,7 +75,7 @@ def _processor() -> str:
 
 
 def _cell(row: Row, side: str) -> str:
-    if side in row["absent"]:
+    if side not in row["ms"]:
         return "-"
     ms = row["ms"][side]
     return f"{ms:.2f}" + (
