@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Benchmarks: ours and a peer in turn, round by round, and one table at the end.
 
-make bench                                   everything
+pytest bench/                                every stage; `make bench` is the table against all peers (suite.py)
 pytest bench/bench_route.py                  one stage
 pytest bench/ --report bench/results/x.md    the table as Markdown too
 pytest bench/ --bars                         a row that is slower than its peer fails

@@ -19,8 +19,17 @@ class Shape:
     act: str = "silu"
     groups: tuple[int, int] | None = None  # num_expert_group, topk_group
 
+    @property
+    def gated(self) -> bool:
+        return self.act == "silu"
+
+    @property
+    def matrices(self) -> int:
+        """H x I matrices of an expert: gate, up and down, or up and down."""
+        return 3 if self.gated else 2
+
     def weight_bytes(self, dtype: torch.dtype) -> int:
-        return 3 * self.E * self.H * self.I * dtype.itemsize
+        return self.matrices * self.E * self.H * self.I * dtype.itemsize
 
 
 SHAPES = {
@@ -31,6 +40,7 @@ SHAPES = {
         Shape("olmoe-1b-7b", 2048, 1024, 64, 8, "allenai/OLMoE-1B-7B-0924 config.json"),
         Shape("deepseek-v2-lite", 2048, 1408, 64, 6, "deepseek-ai/DeepSeek-V2-Lite config.json"),
         Shape("deepseek-v3", 7168, 2048, 256, 8, "deepseek-ai/DeepSeek-V3 config.json", groups=(8, 4)),
+        Shape("switch-base-64", 768, 3072, 64, 1, "google/switch-base-64 config.json", act="relu"),
         Shape("switch-base-128", 768, 3072, 128, 1, "google/switch-base-128 config.json", act="relu"),
     )
 }

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 NOT_BUILT = {
-    "bench": "the benchmarks run from a clone of the project with `make bench`",
     "plan": "the cost of expert parallelism on a cluster",
 }
 
@@ -27,6 +28,7 @@ def parser() -> argparse.ArgumentParser:
         help="only this part; may be given more than once",
     )
     words.add_parser("doctor", help="versions, build, which backend each op uses and why, what to do about the rest")
+    words.add_parser("bench", help="ours against every installed peer, with rooflines; from a clone", add_help=False)
     inspect = words.add_parser("inspect", help="the MoE layers of a checkpoint, and the kernels that will serve them")
     inspect.add_argument("source", help="a folder with config.json, a config.json, or the name of a preset")
     inspect.add_argument("--json", action="store_true", help="the same as JSON")
@@ -41,12 +43,28 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def bench(arguments: Sequence[str]) -> int:
+    """bench/suite.py of the clone that this package was installed from in place, or of the working folder."""
+    for root in (Path(__file__).resolve().parents[1], Path.cwd()):
+        suite = root / "bench" / "suite.py"
+        if suite.is_file() and (root / "csrc" / "moe.h").is_file():
+            return subprocess.run([sys.executable, str(suite), *arguments], check=False).returncode
+    print(
+        "moe_kernels bench: the benchmark is not part of the installed package. Clone the project and run this from "
+        "its folder, or `make bench` there.",
+        file=sys.stderr,
+    )
+    return 2
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one word; returns the exit code (2: the word is not built yet, or something it needs is missing)."""
     asked, rest = parser().parse_known_args(arguments)
     if asked.word in NOT_BUILT:
         print(f"moe_kernels {asked.word}: not built yet ({NOT_BUILT[asked.word]}).", file=sys.stderr)
         return 2
+    if asked.word == "bench":
+        return bench(rest)
     if rest:
         parser().error(f"unrecognized arguments: {' '.join(rest)}")
     if asked.word == "doctor":

@@ -113,7 +113,7 @@ class Product(NamedTuple):
     col_stride: int
     columns: int
     rows: int
-    widest: int = 0  # columns at a time; 0: the layout says
+    halves: bool = False  # gate and up side by side
 
 
 def _products(op: str, s: Sizes, token_block: int) -> list[Product]:
@@ -123,12 +123,12 @@ def _products(op: str, s: Sizes, token_block: int) -> list[Product]:
     block = math.ceil(min(s.T, token_block) * s.K / s.E)  # the combine takes so many tokens at a time
     w13, w2 = ((1, width), (1, s.H)) if s.transposed else ((s.H, 1), (s.I, 1))
     if op == "fused_experts":
-        return [Product("x w13", *w13, s.I, rows, PANEL), Product("h w2", *w2, s.H, block)]
+        return [Product("x w13", *w13, width, rows, s.gated), Product("h w2", *w2, s.H, block)]
     if op == "fused_experts_packed":
-        return [Product("x w13", 1, PANEL, s.I, rows), Product("h w2", 1, PANEL, s.H, block)]
+        return [Product("x w13", 1, PANEL, width, rows, s.gated), Product("h w2", 1, PANEL, s.H, block)]
     if op == "fused_experts_backward":
         return [Product("grad_y w2", *w2[::-1], s.I, rows), Product("grad_h w13", *w13[::-1], s.H, block)]
-    return [Product("a b", *w13, width, rows, PANEL)] if op == "grouped_gemm" else []
+    return [Product("a b", *w13, width, rows)] if op == "grouped_gemm" else []
 
 
 def _cpu_choices(op: str, s: Sizes) -> tuple[str, list[tuple[str, str]]]:
@@ -138,13 +138,13 @@ def _cpu_choices(op: str, s: Sizes) -> tuple[str, list[tuple[str, str]]]:
         return f"not known: the host module could not be loaded: {error}", []
     said, refused = [], []
     for product in _products(op, s, host.token_block):
-        name, row_stride, col_stride, columns, rows, widest = product
+        name, row_stride, col_stride, columns, rows, halves = product
         padded = op == "fused_experts_packed"
-        no, way, width, depth = host.panel_way(row_stride, col_stride, padded, s.bytes, columns, rows, widest)
+        no, way, width, depth = host.panel_way(row_stride, col_stride, padded, s.bytes, columns, rows, halves)
         refused += [(f"{name} {other}", f"at {rows} rows an expert: {why}") for other, why in no]
         text = f"{name}: {way}, {width} columns" + (f" x {depth} deep" if depth else "")
         rest = columns % width if columns > width else 0
-        if rest and (last := host.panel_way(row_stride, col_stride, padded, s.bytes, rest, rows, widest)[1]) != way:
+        if rest and (last := host.panel_way(row_stride, col_stride, padded, s.bytes, rest, rows, halves)[1]) != way:
             text += f", the last {rest}: {last}"
         said.append(text)
     if op == "fused_experts_backward":

@@ -71,7 +71,7 @@ def pack_experts(
     swiglu_limit: float = 7.0,
     swiglu_alpha: float = 1.702,
 ) -> PackedExperts:
-    """Lay expert weights out once, for fast inference with `fused_experts(x, packed, None, topk_weights, topk_ids)`.
+    """Lay expert weights out once, for inference with `fused_experts(x, packed, None, topk_weights, topk_ids)`.
 
     Args:
         w13, w2, w13_bias, w2_bias, activation, gated, interleaved, transposed, swiglu_*: as in `fused_experts`.

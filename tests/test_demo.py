@@ -146,7 +146,20 @@ def test_table_lines_up() -> None:
     assert report.table(("a", "b"), [("long", "1"), ("x", "22")]).splitlines()[2:] == ["   long   1", "   x     22"]
 
 
-@pytest.mark.parametrize("word", ["bench", "plan", "plot"])
+def test_bench_runs_the_suite_of_a_clone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "site" / "moe_kernels" / "cli.py"))
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["bench"]) == 2
+    assert "Clone the project" in capsys.readouterr().err
+    for folder, name, code in (("csrc", "moe.h", ""), ("bench", "suite.py", "import sys; sys.exit(len(sys.argv))")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_text(code)
+    assert cli.main(["bench", "--quick", "--only", "route"]) == 4
+
+
+@pytest.mark.parametrize("word", ["plan"])
 def test_words_that_are_not_built_yet(word: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([word]) == 2
     assert "not built yet" in capsys.readouterr().err

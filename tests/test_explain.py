@@ -104,7 +104,7 @@ def said(op: str, product: str, transposed: bool, dtype: torch.dtype, sizes: dic
 def test_the_way_is_the_one_that_ran(op: str, transposed: bool, dtype: torch.dtype) -> None:
     """At both sides of every threshold, with full and with ragged panels."""
     seen = set()
-    for rows in (1, 15, 16, 19, 20, 33):
+    for rows in (1, 11, 12, 15, 16, 33):
         for N in (64, 40):
             product, total, sizes = run(op, rows, N, transposed, dtype)
             isa, way = said(op, product, transposed, dtype, sizes)
@@ -233,7 +233,7 @@ def test_the_last_columns_are_told_apart() -> None:
 def test_text() -> None:
     text = str(explain("fused_experts", T=512, H=2048, I=768, E=128, K=8, dtype=torch.bfloat16, device="cpu"))
     assert text.startswith("fused_experts [T=512, H=2048, I=768, E=128, K=8] bfloat16 on cpu: cpu ")
-    assert "x w13: packed, 32 columns x 1024 deep" in text
+    assert "x w13: packed, 64 columns x 1024 deep" in text
     assert "not x w13 dot: at 32 rows an expert: a transposed copy is cheaper" in text
     text = str(explain("route", T=1, H=8, I=8, E=4, K=2, dtype=torch.float32, device="xpu"))
     assert "(a slow fallback)" in text

@@ -96,6 +96,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_experts_backwar
   Tensor grad_x = result(0, {p.T, p.H}, x.scalar_type()), grad_w13 = result(1, sizes_of(w13), weight_type);
   Tensor grad_w2 = result(2, sizes_of(w2), weight_type), grad_weights = result(3, {p.T, p.K}, acc_of(p.dtype));
   Tensor grad_b13 = result(4, {p.E, rows}, weight_type), grad_b2 = result(5, {p.E, p.H}, weight_type);
+  ask_for_huge_pages(grad_w13, grad_w13.numel() * dtype_bytes(p.weight_dtype));
+  ask_for_huge_pages(grad_w2, grad_w2.numel() * dtype_bytes(p.weight_dtype));
   const auto out = [&](int bit, Tensor& t) { return needs >> bit & 1 ? t.mutable_data_ptr() : nullptr; };
   if (needs >> 3 & 1) torch::stable::zero_(grad_weights);  // of absent slots
   FusedExpertsBackwardArgs args{p,

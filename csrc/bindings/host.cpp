@@ -10,6 +10,7 @@
 
 #include "../cpu/choice.h"
 #include "../cpu/isa.h"
+#include "../cpu/limits.h"
 
 namespace py = pybind11;
 using namespace moe::cpu;
@@ -23,17 +24,17 @@ std::vector<std::string> isa_levels() {
 }
 
 /// How one panel of a product runs: the ways that refuse it and why, the way taken, its columns, and its depth (0:
-/// all). columns: at most so many at a time; 0 lets the layout say.
+/// all). halves: gate and up side by side.
 py::tuple panel_way(int64_t row_stride, int64_t col_stride, bool padded, int64_t bytes, int64_t n, int64_t rows,
-                    int64_t columns) {
+                    bool halves) {
   const int64_t acc_bytes = bytes == 8 ? 8 : 4;
-  if (columns == 0) columns = panel_columns({nullptr, 0, row_stride, col_stride, 0, padded});
-  const PanelCase panel{row_stride, col_stride, padded, bytes == acc_bytes, std::min(n, columns), rows, false};
+  const int64_t width = halves || n > moe::kPanel ? kPair : moe::kPanel;
+  const PanelCase panel{row_stride, col_stride, padded, bytes == acc_bytes, std::min(n, kPair), width, rows, false};
   std::vector<std::pair<std::string, std::string>> refused;
   const WayRow* way = kWays;
   for (; way->refusal(panel) != nullptr; ++way) refused.emplace_back(way->name, way->refusal(panel));
-  const int64_t depth = way->way == Way::packed ? depth_block(acc_bytes, panel.width()) : 0;
-  return py::make_tuple(refused, way->name, panel.width(), depth);
+  const int64_t depth = way->way == Way::packed ? depth_block(acc_bytes) : 0;
+  return py::make_tuple(refused, way->name, width, depth);
 }
 
 }  // namespace
@@ -47,5 +48,14 @@ PYBIND11_MODULE(_host, m) {
   m.attr("token_block") = kTokenBlock;
   m.def("panel_way", &panel_way, "(refused, way, columns, depth) of a product with a weight of these strides.",
         py::arg("row_stride"), py::arg("col_stride"), py::arg("padded"), py::arg("bytes"), py::arg("n"),
-        py::arg("rows"), py::arg("columns"));
+        py::arg("rows"), py::arg("halves"));
+  m.def("multiply_add_rate", &multiply_add_rate, "Operations a second of a loop of multiply-adds on registers.",
+        py::arg("threads"), py::arg("float64"), py::arg("steps"), py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "read_rate",
+      [](int threads, uintptr_t address, int64_t bytes) {
+        return read_rate(threads, reinterpret_cast<const void*>(address), bytes);
+      },
+      "Bytes a second of reading memory at an address.", py::arg("threads"), py::arg("address"), py::arg("bytes"),
+      py::call_guard<py::gil_scoped_release>());
 }

@@ -3,6 +3,7 @@
 #pragma once
 #include <dlfcn.h>
 #include <pthread.h>
+#include <sys/mman.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -90,6 +91,16 @@ inline Tensor with_contiguous_rows(const Tensor& t) {
 }
 inline Tensor empty(const Tensor& like, std::vector<int64_t> sizes, ScalarType type) {
   return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), type);
+}
+/// Asks for huge pages where fresh memory is large: gigabytes of small pages take longer to be handed out than to fill.
+inline void ask_for_huge_pages(Tensor& t, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kPage = 4096;
+  constexpr int64_t kLarge = 32 << 20;
+  if (bytes < kLarge) return;
+  const uintptr_t begin = (uintptr_t(t.mutable_data_ptr()) + kPage - 1) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(begin), (bytes - kPage) / kPage * kPage, MADV_HUGEPAGE);  // advice: may fail
+#endif
 }
 inline Tensor to_type(const Tensor& t, ScalarType type) {
   if (t.scalar_type() == type) return dense(t);

@@ -6,24 +6,22 @@
 
 namespace moe::cpu {
 
-constexpr int64_t kDotRows = 20;       // from here on a transposed copy is cheaper than sums across lanes
+constexpr int64_t kDotRows = 12;       // from here on a transposed copy is cheaper than sums across lanes
 constexpr int64_t kDirectRows = 16;    // from here on a contiguous copy is cheaper than strided reads
 constexpr int64_t kTokenBlock = 2048;  // tokens whose output columns one worker sums at a time
 
-/// Contracted elements of a packed panel at a time: 128 KiB, by the bytes of acc and the columns.
-constexpr int64_t depth_block(int64_t acc_bytes, int64_t width) { return 4096 / acc_bytes * kPanel / width; }
+constexpr int64_t kPair = 2 * kPanel;  // columns of a product at a time
 
-/// Columns to take at a time: a weight that runs along its columns costs a page of address translation a row, so take
-/// more.
-constexpr int64_t panel_columns(const Weight& w) { return w.row_stride == 1 && !w.padded ? 2 * kPanel : kPanel; }
+/// Contracted elements of a packed panel at a time: 256 KiB of 64 columns. Shorter pieces of weight rows come slower
+/// from memory.
+constexpr int64_t depth_block(int64_t acc_bytes) { return 4096 / acc_bytes; }
 
-/// One panel: n columns of a weight for about `rows` rows. by_column: the left operand runs along its rows.
+/// One panel: n of 32 or 64 columns of a weight for about `rows` rows. by_column: the left operand runs along its rows.
 struct PanelCase {
   int64_t row_stride, col_stride;  // of the weight, as in Weight
   bool padded, is_acc;             // is_acc: the weight is stored in the dtype of the sums
-  int64_t n, rows;
+  int64_t n, width, rows;
   bool by_column;
-  constexpr int64_t width() const { return n > kPanel ? 2 * kPanel : kPanel; }
 };
 
 enum class Way : int { dot, direct, packed };
@@ -43,7 +41,7 @@ constexpr WayRow kWays[] = {
     {Way::direct, "direct",
      [](const PanelCase& c) -> const char* {
        if (c.row_stride != 1) return "the weight does not run along its columns";
-       if (c.n != c.width() && !c.padded) return "the last columns do not fill a panel";
+       if (c.n != c.width && !c.padded) return "the last columns do not fill a panel";
        if (c.rows < kDirectRows || (c.padded && c.is_acc)) return nullptr;
        return "a contiguous copy is cheaper than strided reads";
      }},

@@ -6,7 +6,7 @@
 
 namespace moe::cpu {
 
-constexpr int64_t kPair = 2 * kPanel;  // gate columns, then up columns
+constexpr int64_t kOutBlock = 1 << 17;  // output elements that it sums at a time: they stay in the second-level cache
 
 inline int64_t rows13(const ExpertMlp& p) { return p.gated ? 2 * p.I : p.I; }
 inline ActivationRule rule_of(const ExpertMlp& p) { return {p.activation, p.limit, p.alpha}; }
@@ -30,30 +30,24 @@ inline void fill_row_to_token(const ExpertMlp& p, int32_t* row_to_token) {
   for (int64_t r = 0; r < p.expert_offsets[p.E]; ++r) row_to_token[r] = int32_t(p.row_to_slot[r] / p.K);
 }
 
-/// The first product for hidden units [32 * index, +units) of expert e, as two panels: gate and up, or for interleaved
-/// weights the first and the second 32 columns of gate, up, gate, up ..
+/// Hidden units of a task of the first product.
+inline int64_t unit_block(const ExpertMlp& p) { return p.gated ? kPanel : kPair; }
+
+/// The first product for hidden units [first, +units) of expert e: gate in columns 0.., up in columns 32.. ; up to 64
+/// units where there is no gate.
 template <class W> class FirstProduct {
  public:
   using A = acc_t<W>;
 
-  FirstProduct(const ExpertMlp& p, int64_t e, int64_t index, int64_t rows)
-      : p_(p),
-        e_(e),
-        first_(index * kPanel),
-        units_(std::min(kPanel, p.I - first_)),
-        left_(side(p, e, index, 0, rows)),
-        right_(side(p, e, index, p.gated, rows)) {}
+  FirstProduct(const ExpertMlp& p, int64_t e, int64_t first, int64_t units, int64_t rows)
+      : p_(p), e_(e), first_(first), units_(units), panel_(panel(p, e, first, units, rows)) {}
 
   int64_t first() const { return first_; }
   int64_t units() const { return units_; }
 
-  /// c[rows][64]: x W13^T, gate in columns 0.., up in columns 32.. . The blocks of x serve both while they are in
-  /// cache.
+  /// c[rows][64]: x W13^T.
   void raw(const Left<A>& x, int64_t rows, A* c, A* packed) const {
-    for (int64_t k = 0; k < p_.H; k += left_.step()) {
-      left_.product_block(x, rows, k, c, kPair, packed);
-      if (p_.gated) right_.product_block(x, rows, k, c + kPanel, kPair, packed);
-    }
+    panel_.product(x, rows, c, kPair, packed);
     if (!p_.interleaved) return;
     for (int64_t m = 0; m < rows; ++m) {
       A pairs[kPair];
@@ -75,22 +69,19 @@ template <class W> class FirstProduct {
   }
 
  private:
-  static Panel<W> side(const ExpertMlp& p, int64_t e, int64_t index, int64_t which, int64_t rows) {
-    const int64_t units = std::min(kPanel, p.I - index * kPanel);
-    if (!p.gated) return Panel<W>(p.w13, e, index, units, p.H, rows);
-    if (p.interleaved) {
-      const int64_t first = std::min(kPanel, 2 * units);
-      return Panel<W>(p.w13, e, 2 * index + which, which ? 2 * units - first : first, p.H, rows);
-    }
-    if (p.w13.padded) return Panel<W>(p.w13, e, 2 * index + which, units, p.H, rows);
-    Weight w = p.w13;  // the up rows start at row I, which need not be a multiple of 32
-    w.data = static_cast<const W*>(w.data) + which * p.I * w.row_stride;
-    return Panel<W>(w, e, index, units, p.H, rows);
+  static Panel<W> panel(const ExpertMlp& p, int64_t e, int64_t first, int64_t units, int64_t rows) {
+    const Weight& w = p.w13;
+    if (!p.gated) return Panel<W>::columns(w, e, first / kPanel, units, p.H, rows);
+    // Gate, up, gate, up .. is 64 columns in a row; packed panels alternate.
+    if (p.interleaved) return Panel<W>::columns(w, e, 2 * first / kPanel, 2 * units, p.H, rows);
+    const W* gate =
+        static_cast<const W*>(w.data) + e * w.expert_stride + (w.padded ? 2 : 1) * first / kPanel * w.panel_stride;
+    return Panel<W>(w, {gate, units}, {gate + (w.padded ? w.panel_stride : p.I * w.row_stride), units}, p.H, rows);
   }
 
   const ExpertMlp& p_;
   int64_t e_, first_, units_;
-  Panel<W> left_, right_;
+  Panel<W> panel_;
 };
 
 /// A worker's memory for one task.
@@ -99,10 +90,19 @@ template <class A> struct Scratch {
   A* c;       // [kRowBlock][64] a product
   A* y;       // [tokens][64] output columns
 };
-template <class A> int64_t combine_size(const ExpertMlp& p) { return std::min(p.T, kTokenBlock) * kPair; }
+/// Panels of 64 output columns that one task of the combine sums. It reads the rows of an expert once for all of them:
+/// as many as leave four tasks a worker and the sums in cache.
+inline int64_t combine_panels(const ExpertMlp& p, int32_t workers) {
+  const int64_t tokens = std::max<int64_t>(1, std::min(p.T, kTokenBlock));
+  const int64_t all = ceil_div(p.H, kPair) * ceil_div(p.T, kTokenBlock);
+  return std::max<int64_t>(1, std::min(kOutBlock / (tokens * kPair), all / (4 * workers)));
+}
+inline int64_t combine_size(const ExpertMlp& p, int32_t workers) {
+  return std::min(p.T, kTokenBlock) * kPair * combine_panels(p, workers);
+}
 
-/// out[t] = sum over the rows r of t of scale(r) * (left[r] w + bias), in ascending order of experts. A task owns 32
-/// or 64 columns of a block of tokens: no atomics, and one order for any number of threads.
+/// out[t] = sum over the rows r of t of scale(r) * (left[r] w + bias), in ascending order of experts. A task owns some
+/// columns of a block of tokens: no atomics, and one order for any number of threads.
 template <class W> struct Combine {
   using A = acc_t<W>;
   const ExpertRows& rows;
@@ -110,33 +110,42 @@ template <class W> struct Combine {
   Weight w;          // (n = H, k)
   const void* bias;  // [E, H] or null
   int64_t k;
-  void* out;  // [T, H]
+  void* out;        // [T, H]
+  int64_t columns;  // of a task, a multiple of 64
 
-  int64_t columns() const { return panel_columns(w); }
-  int64_t column_blocks() const { return ceil_div(rows.p.H, columns()); }
+  int64_t column_blocks() const { return ceil_div(rows.p.H, columns); }
   int64_t tasks() const { return column_blocks() * ceil_div(rows.p.T, kTokenBlock); }
 
   template <class Scale> void run(int64_t task, Scale scale, const Scratch<A>& scratch) const {
-    const int64_t h0 = task % column_blocks() * columns(), n = std::min(columns(), rows.p.H - h0);
+    const int64_t h0 = task % column_blocks() * columns, n = std::min(columns, rows.p.H - h0);
     const int64_t t0 = task / column_blocks() * kTokenBlock, tokens = std::min(kTokenBlock, rows.p.T - t0);
-    std::fill_n(scratch.y, tokens * kPair, A(0));
+    std::fill_n(scratch.y, tokens * n, A(0));
     for (int64_t e = 0; e < rows.p.E; ++e) {
       if (rows.begin(e) == rows.end(e)) continue;
       const int64_t begin = rows.first_at(e, t0), end = rows.first_at(e, t0 + tokens);
-      if (begin == end) continue;
-      const Panel<W> panel(w, e, h0 / kPanel, n, k, end - begin);
-      const W* b = bias ? static_cast<const W*>(bias) + e * rows.p.H + h0 : nullptr;
-      for_row_blocks(begin, end, [&](int64_t r0, int64_t count) {
-        const Left<A> block{left.data + r0 * left.stride, left.stride};
-        panel.product(block, count, scratch.c, kPair, scratch.packed);
-        for (int64_t m = 0; m < count; ++m) {
-          A* row = scratch.c + m * kPair;
-          for (int64_t j = 0; b && j < n; ++j) row[j] += A(b[j]);
-          math<A>().axpy(scale(r0 + m), row, scratch.y + (rows.row_to_token[r0 + m] - t0) * kPair, n);
-        }
-      });
+      for (int64_t j = 0; j < n && begin < end; j += kPair)
+        add_panel(e, h0 + j, begin, end, scale, scratch, scratch.y + j - t0 * n, n);
     }
-    narrow(rows.p.dtype, scratch.y, kPair, out, t0 * rows.p.H + h0, rows.p.H, tokens, n);
+    narrow(rows.p.dtype, scratch.y, n, out, t0 * rows.p.H + h0, rows.p.H, tokens, n);
+  }
+
+ private:
+  /// y[token][0 .. 64) += scale * (the rows [begin, end) of expert e times columns h.. of its weight).
+  template <class Scale>
+  void add_panel(int64_t e, int64_t h, int64_t begin, int64_t end, Scale scale, const Scratch<A>& scratch, A* y,
+                 int64_t y_stride) const {
+    const int64_t n = std::min(kPair, rows.p.H - h);
+    const Panel<W> panel = Panel<W>::columns(w, e, h / kPanel, n, k, end - begin);
+    const W* b = bias ? static_cast<const W*>(bias) + e * rows.p.H + h : nullptr;
+    for_row_blocks(begin, end, [&](int64_t r0, int64_t count) {
+      const Left<A> block{left.data + r0 * left.stride, left.stride};
+      panel.product(block, count, scratch.c, kPair, scratch.packed);
+      for (int64_t m = 0; m < count; ++m) {
+        A* row = scratch.c + m * kPair;
+        for (int64_t j = 0; b && j < n; ++j) row[j] += A(b[j]);
+        math<A>().axpy(scale(r0 + m), row, y + rows.row_to_token[r0 + m] * y_stride, n);
+      }
+    });
   }
 };
 

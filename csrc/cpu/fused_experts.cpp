@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// fused_experts: the whole expert MLP. 1. first product and activation, a task an (expert, 32 hidden units): rows of x
-// are read through the index, no gathered copy. 2. second product and combine, a task 32 or 64 output columns. Reads
-// each weight of the experts hit once; keeps S*I activations and, for the backward, the first product.
+// fused_experts: the whole expert MLP. 1. first product and activation, a task an (expert, 32 hidden units, or 64
+// without gate): rows of x are read through the index, no gathered copy. 2. second product and combine, a task some
+// panels of 64 output columns. Reads each weight of the experts hit once; keeps S*I activations and, for the backward,
+// the first product.
 #include "expert_mlp.h"
 
 namespace moe::cpu {
@@ -15,7 +16,7 @@ template <class A> struct Buffers {
   int64_t c_size = kRowBlock * kPair, y_size;
 
   Buffers(const ExpertMlp& p, int32_t workers, Workspace& space) {
-    y_size = combine_size<A>(p);
+    y_size = combine_size(p, workers);
     row_to_token = space.take<int32_t>(p.T * p.K);
     x = space.take<A>(is_acc<A>(p.dtype) ? 0 : p.T * p.H);
     act = space.take<A>(p.T * p.K * p.I);
@@ -36,14 +37,14 @@ template <class W> void run(const FusedExpertsArgs& args, const Workers& workers
   Left<A> x = rows_as_acc(p.dtype, p.x, p.T, p.H, p.x_stride, buffers.x, workers);
   const auto* weights = static_cast<const A*>(p.topk_weights);
   const auto* mask = static_cast<const A*>(p.hidden_mask);
-  const int64_t panels = ceil_div(p.I, kPanel);
+  const int64_t units = unit_block(p), panels = ceil_div(p.I, units);
 
   // 1. hidden = x W13^T, act = activation(hidden)
   for_tasks(workers, p.E * panels, [&](int32_t worker, int64_t task) {
-    const int64_t e = task / panels, count = rows.end(e) - rows.begin(e);
+    const int64_t e = task / panels, first = task % panels * units, count = rows.end(e) - rows.begin(e);
     if (count == 0) return;
     const Scratch<A> scratch = buffers.of(worker);
-    const FirstProduct<W> product(p, e, task % panels, count);
+    const FirstProduct<W> product(p, e, first, std::min(units, p.I - first), count);
     for_row_blocks(rows.begin(e), rows.end(e), [&](int64_t r0, int64_t block) {
       product.raw({x.data, x.stride, rows.row_to_token + r0}, block, scratch.c, scratch.packed);
       if (args.hidden) {
@@ -54,17 +55,18 @@ template <class W> void run(const FusedExpertsArgs& args, const Workers& workers
       }
       for (int64_t m = 0; m < block; ++m) {
         A *h = scratch.c + m * kPair, *out = buffers.act + (r0 + m) * p.I + product.first();
-        const int64_t slot = p.row_to_slot[r0 + m], units = product.units();
+        const int64_t slot = p.row_to_slot[r0 + m];
         product.add_bias(slot, h);
-        math<A>().activate(rule_of(p), h, p.gated ? h + kPanel : nullptr, out, units);
-        for (int64_t j = 0; mask && j < units; ++j) out[j] *= mask[slot * p.I + product.first() + j];
+        math<A>().activate(rule_of(p), h, p.gated ? h + kPanel : nullptr, out, product.units());
+        for (int64_t j = 0; mask && j < product.units(); ++j) out[j] *= mask[slot * p.I + product.first() + j];
       }
     });
   });
 
   // 2. y = sum over slots of weight * (act W2^T + bias)
   const auto scale = [&](int64_t row) { return p.weight_on_input ? A(1) : weights[p.row_to_slot[row]]; };
-  const Combine<W> combine{rows, {buffers.act, p.I}, p.w2, p.w2_bias, p.I, args.y};
+  const int64_t columns = combine_panels(p, workers.count) * kPair;
+  const Combine<W> combine{rows, {buffers.act, p.I}, p.w2, p.w2_bias, p.I, args.y, columns};
   for_tasks(workers, combine.tasks(),
             [&](int32_t worker, int64_t task) { combine.run(task, scale, buffers.of(worker)); });
 }

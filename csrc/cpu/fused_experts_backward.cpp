@@ -12,7 +12,7 @@
 namespace moe::cpu {
 namespace {
 
-constexpr int64_t kWgradRows = 96;     // rows of a weight gradient a task owns: 8 tiles of 12
+constexpr int64_t kWgradRows = 96;     // rows of a weight gradient a task owns
 constexpr int64_t kWgradDepth = 1024;  // token rows packed at a time
 
 template <class A> struct Buffers {
@@ -21,21 +21,21 @@ template <class A> struct Buffers {
   A* grad_h;              // [S, 2I | I] in the row order of w13, times s
   A* weighted_act;        // [S, I], a times the weight at the output
   A* weight_parts;        // [ceil(I/32), S] shares of the gradient of the routing weights
-  A* right;               // [ceil(k/32), S, 32] the right side of a weight gradient, panel by panel
+  A* right;               // [ceil(k/64), S, 64] the right side of a weight gradient, panel by panel
   A *panel, *c, *u, *y;   // a worker's packed panels, products, output columns
   int64_t panel_size, c_size = kRowBlock * kPair, u_size = kRowBlock * kPair, y_size;
 
   Buffers(const FusedExpertsBackwardArgs& args, int32_t workers, Workspace& space) {
     const ExpertMlp& p = args.mlp;
     const int64_t S = p.T * p.K, copy = is_acc<A>(p.dtype) ? 0 : p.T * p.H;
-    const int64_t packed = (kWgradDepth + kPanel) * kWgradRows;
+    const int64_t packed = (kWgradDepth + kPair) * kWgradRows;
     const int64_t widest = !args.grad_w13 && !args.grad_w2 ? 0 : std::max(p.H, rows13(p));
-    panel_size = std::max({kPackedSize<A>, packed, p.H}), y_size = std::max(combine_size<A>(p), p.H);
+    panel_size = std::max({kPackedSize<A>, packed, p.H}), y_size = std::max(combine_size(p, workers), p.H);
     row_to_token = space.take<int32_t>(S);
     x = space.take<A>(copy), grad_y = space.take<A>(copy);
     grad_h = space.take<A>(S * rows13(p)), weighted_act = space.take<A>(args.grad_w2 ? S * p.I : 0);
     weight_parts = space.take<A>(args.grad_topk_weights ? ceil_div(p.I, kPanel) * S : 0);
-    right = space.take<A>(ceil_div(widest, kPanel) * kPanel * S);
+    right = space.take<A>(ceil_div(widest, kPair) * kPair * S);
     panel = space.take<A>(workers * panel_size), c = space.take<A>(workers * c_size);
     u = space.take<A>(workers * u_size), y = space.take<A>(workers * y_size);
   }
@@ -58,14 +58,15 @@ template <class W> class Backward {
     fill_row_to_token(p_, buffers_.row_to_token);
     x_ = rows_as_acc(p_.dtype, p_.x, p_.T, p_.H, p_.x_stride, buffers_.x, workers_);
     grad_y_ = rows_as_acc(p_.dtype, args_.grad_y, p_.T, p_.H, args_.grad_y_stride, buffers_.grad_y, workers_);
-    const int64_t blocks = ceil_div(p_.I, hidden_columns()), step = hidden_columns() / kPanel;
+    const int64_t blocks = ceil_div(p_.I, kPair);
     if (args_.grad_x || args_.grad_w13 || args_.grad_w2 || args_.grad_topk_weights || args_.grad_w13_bias)
       for_tasks(workers_, p_.E * blocks,
-                [&](int32_t worker, int64_t task) { hidden(worker, task / blocks, task % blocks * step); });
+                [&](int32_t worker, int64_t task) { hidden(worker, task / blocks, task % blocks * 2); });
     if (args_.grad_topk_weights || args_.grad_w2_bias)
       for_tasks(workers_, p_.E, [&](int32_t worker, int64_t e) { weights_and_bias(worker, e); });
     if (args_.grad_x) {
-      const Combine<W> combine{rows_, {buffers_.grad_h, rows13(p_)}, turned(p_.w13), nullptr, rows13(p_), args_.grad_x};
+      const int64_t k = rows13(p_), columns = combine_panels(p_, workers_.count) * kPair;
+      const Combine<W> combine{rows_, {buffers_.grad_h, k}, turned(p_.w13), nullptr, k, args_.grad_x, columns};
       for_tasks(workers_, combine.tasks(), [&](int32_t worker, int64_t task) {
         const Scratch<A> scratch{panel(worker), buffers_.c + worker * buffers_.c_size, y(worker)};
         combine.run(task, [](int64_t) { return A(1); }, scratch);
@@ -86,21 +87,21 @@ template <class W> class Backward {
     std::swap(w.row_stride, w.col_stride), w.panel_stride = kPanel * w.row_stride;
     return w;
   }
-  int64_t hidden_columns() const { return panel_columns(turned(p_.w2)); }
   A* y(int32_t worker) const { return buffers_.y + worker * buffers_.y_size; }
 
-  /// Step 1 for expert e and hidden units [32 * index, ..), one or two panels.
+  /// Step 1 for expert e and hidden units [32 * index, +64).
   void hidden(int32_t worker, int64_t e, int64_t index) const {
     const int64_t count = rows_.end(e) - rows_.begin(e), first = index * kPanel;
-    const int64_t units = std::min(hidden_columns(), p_.I - first);
+    const int64_t units = std::min(kPair, p_.I - first);
     A bias_sum[2][kPair] = {};
     A *c = buffers_.c + worker * buffers_.c_size, *u = buffers_.u + worker * buffers_.u_size;
-    const Panel<W> down(turned(p_.w2), e, index, units, p_.H, count);
+    const Panel<W> down = Panel<W>::columns(turned(p_.w2), e, index, units, p_.H, count);
     for_row_blocks(rows_.begin(e), rows_.end(e), [&](int64_t r0, int64_t block) {
       const int32_t* tokens = rows_.row_to_token + r0;
       down.product({grad_y_.data, grad_y_.stride, tokens}, block, u, kPair, panel(worker));
       for (int64_t half = 0; half * kPanel < units; ++half) {
-        const FirstProduct<W> product(p_, e, index + half, count);
+        const int64_t at = first + half * kPanel;
+        const FirstProduct<W> product(p_, e, at, std::min(kPanel, p_.I - at), count);
         if (args_.hidden) load_hidden(r0, block, product, c);
         else product.raw({x_.data, x_.stride, tokens}, block, c, panel(worker));
         for (int64_t m = 0; m < block; ++m)
@@ -188,9 +189,9 @@ template <class W> class Backward {
                        void* grad) const {
     if (out.col_stride != 1) std::swap(n_side, k_side), std::swap(n_size, k_size);
     const int64_t blocks = ceil_div(n_size, kWgradRows), rows = p_.expert_offsets[p_.E];
-    for_tasks(workers_, ceil_div(k_size, kPanel), [&](int32_t, int64_t panel) {
-      pack_columns(k_side, 0, rows, panel * kPanel, std::min(kPanel, k_size - panel * kPanel),
-                   buffers_.right + panel * rows * kPanel, kPanel);
+    for_tasks(workers_, ceil_div(k_size, kPair), [&](int32_t, int64_t panel) {
+      pack_columns(k_side, 0, rows, panel * kPair, std::min(kPair, k_size - panel * kPair),
+                   buffers_.right + panel * rows * kPair, kPair);
     });
     for_tasks(workers_, p_.E * blocks, [&](int32_t worker, int64_t task) {
       const int64_t e = task / blocks, n0 = task % blocks * kWgradRows, n = std::min(kWgradRows, n_size - n0);
@@ -205,18 +206,19 @@ template <class W> class Backward {
     A *left = panel(worker), *sum = left + kWgradDepth * kWgradRows;
     const int64_t rows = p_.expert_offsets[p_.E];
     const bool once = rows_.end(e) - rows_.begin(e) <= kWgradDepth;  // the left side stays packed over all of k
-    for (int64_t k0 = 0; k0 < k_size; k0 += kPanel) {
-      const int64_t k = std::min(kPanel, k_size - k0);
-      const bool in_place = std::is_same_v<W, A> && k == kPanel;  // the sums go straight to the gradient
+    for (int64_t k0 = 0; k0 < k_size; k0 += kPair) {
+      const int64_t k = std::min(kPair, k_size - k0), width = k > kPanel ? kPair : kPanel;
+      const bool in_place = std::is_same_v<W, A> && k == width;  // the sums go straight to the gradient
       A* c = in_place ? reinterpret_cast<A*>(block + k0) : sum;
       for (int64_t r0 = rows_.begin(e); r0 < rows_.end(e); r0 += kWgradDepth) {
         const int64_t depth = std::min(kWgradDepth, rows_.end(e) - r0);
         if (k0 == 0 || !once) pack_columns(n_side, r0, depth, n0, n, left, kWgradRows);
-        const A* right = buffers_.right + k0 * rows + r0 * kPanel;
+        const A* right = buffers_.right + k0 * rows + r0 * kPair;
         const Left<A> columns{left, kWgradRows, nullptr, true};
-        tile<A>().outer({columns, right, kPanel, c, in_place ? k_size : kPanel, n, kPanel, depth, r0 > rows_.begin(e)});
+        tile<A>().outer({columns, right, kPair, c, in_place ? k_size : kPair, n, width, depth, r0 > rows_.begin(e),
+                         kPanel, in_place && once});
       }
-      if (!in_place) tile<W>().narrow(sum, kPanel, block + k0, k_size, n, k);
+      if (!in_place) tile<W>().narrow(sum, kPair, block + k0, k_size, n, k);
     }
   }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// grouped_gemm: one product a group over any strides. A task is 32 output columns of a group. The left operand is used
+// grouped_gemm: one product a group over any strides. A task is 64 output columns of a group. The left operand is used
 // where it lies when it is acc and runs along k. Otherwise it is copied once: row by row, or where it runs along m as
 // blocks [k][kRowBlock], which the broadcasts of a product read from front to back.
 
@@ -23,7 +23,7 @@ int64_t left_groups(const GroupedGemmArgs& a) {
 
 template <class A> struct Buffers {
   A *left, *packed, *c;
-  int64_t c_size = kRowBlock * kPanel;
+  int64_t c_size = kRowBlock * kPair;
   Buffers(const GroupedGemmArgs& a, int32_t workers, Workspace& space) {
     left = space.take<A>(left_in_place(a) ? 0 : left_groups(a) * left_size(a));
     packed = space.take<A>(workers * kPackedSize<A>);
@@ -66,11 +66,11 @@ template <class A> Left<A> left_at(const GroupedGemmArgs& a, const A* copy, int6
 
 /// Writes rows of c to the output, n columns from element `at` on.
 template <class A> void store(const GroupedGemmArgs& a, const A* c, int64_t at, int64_t rows, int64_t n) {
-  if ((sizeof(A) == 8) == (a.out_dtype == DType::f64)) return narrow(a.out_dtype, c, kPanel, a.out, at, a.N, rows, n);
+  if ((sizeof(A) == 8) == (a.out_dtype == DType::f64)) return narrow(a.out_dtype, c, kPair, a.out, at, a.N, rows, n);
   visit_dtype(a.out_dtype, [&](auto tag) {
     using Out = decltype(tag);
     for (int64_t m = 0; m < rows; ++m)
-      for (int64_t j = 0; j < n; ++j) static_cast<Out*>(a.out)[at + m * a.N + j] = Out(acc_t<Out>(c[m * kPanel + j]));
+      for (int64_t j = 0; j < n; ++j) static_cast<Out*>(a.out)[at + m * a.N + j] = Out(acc_t<Out>(c[m * kPair + j]));
   });
 }
 
@@ -84,26 +84,27 @@ template <class T> void run(const GroupedGemmArgs& a, const Workers& workers) {
   Workspace space(a.workspace);
   const Buffers<A> buffers(a, workers.count, space);
   if (!left_in_place(a)) copy_left<T>(a, buffers.left, workers);
-  const int64_t panels = ceil_div(a.N, kPanel);
+  const int64_t panels = ceil_div(a.N, kPair);
   const bool one_output = a.grouped == Grouped::rows || a.grouped == Grouped::cols;
 
   for_tasks(workers, a.G * panels, [&](int32_t worker, int64_t task) {
     const int64_t g = task / panels, index = task % panels;
     const Range rows = range_of(a, Grouped::rows, g, a.M), depth = range_of(a, Grouped::contraction, g, a.K);
     Range cols = range_of(a, Grouped::cols, g, a.N);
-    cols.begin += index * kPanel;
+    cols.begin += index * kPair;
     if (cols.begin >= cols.end || rows.begin == rows.end) return;
-    const int64_t n = std::min(kPanel, cols.end - cols.begin);
+    const int64_t n = std::min(kPair, cols.end - cols.begin);
     Weight b = a.b;
     b.data = static_cast<const T*>(b.data) + depth.begin * b.col_stride + cols.begin * b.row_stride;
-    const Panel<T> panel(b, g, 0, n, depth.end - depth.begin, rows.end - rows.begin, left_by_column(a));
+    const Panel<T> panel =
+        Panel<T>::columns(b, g, 0, n, depth.end - depth.begin, rows.end - rows.begin, left_by_column(a));
     const T* bias = a.bias ? static_cast<const T*>(a.bias) + g * a.N + cols.begin : nullptr;
     A* c = buffers.c + worker * buffers.c_size;
     for_row_blocks(rows.begin, rows.end, [&](int64_t m0, int64_t count) {
       const Left<A> block = left_at(a, buffers.left, g, m0, depth.begin);
-      panel.product(block, count, c, kPanel, buffers.packed + worker * kPackedSize<A>);
+      panel.product(block, count, c, kPair, buffers.packed + worker * kPackedSize<A>);
       for (int64_t m = 0; bias && m < count; ++m)
-        for (int64_t j = 0; j < n; ++j) c[m * kPanel + j] += A(bias[j]);
+        for (int64_t j = 0; j < n; ++j) c[m * kPair + j] += A(bias[j]);
       store(a, c, ((one_output ? 0 : g * a.M) + m0) * a.N + cols.begin, count, n);
     });
   });

@@ -2,6 +2,7 @@
 // The micro-kernels on 16-byte vectors, for any processor and compiler with vector types.
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <utility>
 
 #include "isa.h"

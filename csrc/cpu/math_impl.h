@@ -163,6 +163,70 @@ template <class A> A max_of(const A* row, int64_t count) {  // of numbers; -inf 
   for (int j = 0; j < VecOf<A>::lanes; ++j) rest = best[j] > rest ? best[j] : rest;
   return rest;
 }
+template <class A> void clean(A* row, int64_t count) {
+  const Vec<A> low = Vec<A>{} - A(__builtin_inff()), high = Vec<A>{} + A(__FLT_MAX__);
+  for_vectors<A>(count, [&](int64_t i, int64_t lanes) {
+    const Vec<A> v = load_part(row + i, lanes);
+    store_part(row + i, v != v ? low : v > high ? high : v, lanes);
+  });
+}
+template <class A> void divide(A* row, A by, int64_t count) {
+  for_vectors<A>(count, [&](int64_t i, int64_t lanes) { store_part(row + i, load_part(row + i, lanes) / by, lanes); });
+}
+template <class A> void choose(const A* score, const A* bias, const A* logit, A* choice, int64_t count) {
+  const Vec<A> low = Vec<A>{} - A(__builtin_inff());
+  for_vectors<A>(count, [&](int64_t i, int64_t lanes) {
+    Vec<A> v = load_part(score + i, lanes);
+    if (bias) v += load_part(bias + i, lanes);
+    v = v != v ? low : v;
+    store_part(choice + i, load_part(logit + i, lanes) == low ? low : v, lanes);
+  });
+}
+// Integers that sort as the numbers do: their maximum takes one cycle, a comparison and a choice of floats five.
+template <class A> using IntOf = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
+template <class A> inline Vec<IntOf<A>> sort_key(Vec<A> v) {
+  using Int = IntOf<A>;
+  const Vec<Int> bits = bit_cast<Vec<Int>>(v + A(0));  // one zero
+  return bits ^ ((bits >> Int(sizeof(A) * 8 - 1)) & std::numeric_limits<Int>::max());
+}
+template <class Int, bool kMax, int kBy = VecOf<Int>::lanes / 2> inline Int lane_best(Vec<Int> v) {
+  if constexpr (kBy == 0) {
+    return v[0];
+  } else {
+    const Vec<Int> w = shuffle_by<Int, Rotate<VecOf<Int>::lanes, kBy>>(v, v);
+    return lane_best<Int, kMax, kBy / 2>((kMax ? w > v : w < v) ? w : v);
+  }
+}
+template <class A> int64_t top_k(A* values, int64_t count, int64_t k, int32_t* best) {
+  using Int = IntOf<A>;
+  constexpr int L = VecOf<A>::lanes;
+  constexpr Int kNone = std::numeric_limits<Int>::max();
+  const Int low = sort_key<A>(Vec<A>{} - A(__builtin_inff()))[0];
+  const int64_t end = (count + L - 1) / L * L;
+  Int* keys = reinterpret_cast<Int*>(values);
+  const auto key_at = [&](int64_t i) {
+    Vec<Int> v;
+    std::memcpy(&v, keys + i, sizeof v);
+    return v;
+  };
+  for (int64_t i = count; i < end; ++i) values[i] = -A(__builtin_inff());
+  for (int64_t i = 0; i < end; i += L) store(values + i, bit_cast<Vec<A>>(sort_key<A>(load(values + i))));
+  Vec<Int> lanes;
+  for (int j = 0; j < L; ++j) lanes[j] = j;
+  for (int64_t i = 0; i < k; ++i) {
+    Vec<Int> top = key_at(0), at = Vec<Int>{} + kNone;
+    for (int64_t j = L; j < end; j += L) top = key_at(j) > top ? key_at(j) : top;
+    const Int highest = lane_best<Int, true>(top);
+    if (highest == low) return i;
+    for (int64_t j = 0; j < end; j += L) {
+      const Vec<Int> found = key_at(j) == highest ? lanes + Int(j) : Vec<Int>{} + kNone;
+      at = found < at ? found : at;
+    }
+    best[i] = int32_t(lane_best<Int, false>(at));
+    std::memcpy(keys + best[i], &low, sizeof low);
+  }
+  return k;
+}
 template <class A> A dot_of(const A* x, const A* y, int64_t count) {
   Vec<A> sum{};
   for_vectors<A>(count, [&](int64_t i, int64_t lanes) { sum += load_part(x + i, lanes) * load_part(y + i, lanes); });
@@ -175,7 +239,12 @@ template <class A> void axpy(A scale, const A* x, A* y, int64_t count) {
 }
 
 template <class A> constexpr Math<A> make_math() {
-  return {activate<A>, activate_backward<A>, exp_sum<A>, sigmoid<A>, max_of<A>, dot_of<A>, axpy<A>};
+  return {activate<A>, activate_backward<A>,
+          exp_sum<A>,  sigmoid<A>,
+          max_of<A>,   clean<A>,
+          divide<A>,   choose<A>,
+          top_k<A>,    dot_of<A>,
+          axpy<A>};
 }
 
 extern const Kernels table;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// One panel (up to 32 output columns, or 64) of an expert's weight, and the product of rows with it. The way is chosen
-// by layout and by the number of rows (choice.h): few rows read the weight where it lies, many rows pay for a packed
-// float copy first. A long contraction goes in blocks, each packed just before it is used, so that the copy is still in
-// the second-level cache.
+// Two panels of 32 output columns of an expert's weight side by side, and the product of rows with them. The way is
+// chosen by layout and by the number of rows (choice.h): few rows read the weight where it lies, many rows pay for a
+// packed float copy first. A long contraction goes in blocks, each packed just before it is used, so that the copy is
+// still in the second-level cache.
 #pragma once
 #include "choice.h"
 #include "parallel.h"
@@ -12,8 +12,8 @@ namespace moe::cpu {
 
 constexpr int64_t kRowBlock = 480;  // rows of a product kept in cache (a multiple of the 12-row tile)
 
-template <class A> constexpr int64_t kDepthBlock = depth_block(sizeof(A), kPanel);
-template <class A> constexpr int64_t kPackedSize = kDepthBlock<A> * kPanel;
+template <class A> constexpr int64_t kDepthBlock = depth_block(sizeof(A));
+template <class A> constexpr int64_t kPackedSize = kDepthBlock<A> * kPair;
 
 /// Calls f(first, count) for the rows [begin, end), cut at the multiples of kRowBlock.
 template <class F> void for_row_blocks(int64_t begin, int64_t end, F&& f) {
@@ -26,48 +26,66 @@ template <class F> void for_row_blocks(int64_t begin, int64_t end, F&& f) {
 template <class W> class Panel {
  public:
   using A = acc_t<W>;
+  struct Half {
+    const W* b;  // element (0, 0)
+    int64_t n;   // columns, at most 32
+  };
 
-  /// Columns [32 * index, +n) of expert e of w, k contracted, to be used for about `rows` rows. n is at most
-  /// panel_columns(w). A left operand that runs by column cannot be dotted.
-  Panel(const Weight& w, int64_t e, int64_t index, int64_t n, int64_t k, int64_t rows, bool by_column = false)
-      : w_(w), b_(static_cast<const W*>(w.data) + e * w.expert_stride + index * w.panel_stride), n_(n), k_(k) {
-    const PanelCase panel{w.row_stride, w.col_stride, w.padded, std::is_same_v<W, A>, n, rows, by_column};
-    width_ = panel.width(), way_ = way_of(panel);
+  /// Columns 0.. from `first` and 32.. from `second` (n may be 0), k contracted, to be used for about `rows` rows. A
+  /// left operand that runs by column cannot be dotted.
+  Panel(const Weight& w, Half first, Half second, int64_t k, int64_t rows, bool by_column = false)
+      : w_(w), half_{first, second}, k_(k), width_(second.n > 0 ? kPair : kPanel) {
+    const int64_t n = first.n + second.n;
+    way_ = way_of({w.row_stride, w.col_stride, w.padded, std::is_same_v<W, A>, n, width_, rows, by_column});
   }
 
-  /// Contracted elements to take at a time.
-  int64_t step() const { return way_ == Way::packed ? depth_block(sizeof(A), width_) : std::max<int64_t>(k_, 1); }
-
-  /// c[rows][0 .. n) = left * panel; c has room for 32 or 64 columns. packed holds kPackedSize values.
-  void product(const Left<A>& left, int64_t rows, A* c, int64_t c_stride, A* packed) const {
-    for (int64_t k = 0; k < k_ || k == 0; k += step()) product_block(left, rows, k, c, c_stride, packed);
+  /// Columns [32 * index, +n) of expert e, n at most 64.
+  static Panel columns(const Weight& w, int64_t e, int64_t index, int64_t n, int64_t k, int64_t rows,
+                       bool by_column = false) {
+    const W* b = static_cast<const W*>(w.data) + e * w.expert_stride + index * w.panel_stride;
+    const int64_t first = std::min(n, kPanel);
+    return Panel(w, {b, first}, {b + w.panel_stride, n - first}, k, rows, by_column);
   }
 
-  /// The share of the contracted elements [k, k + step()); the first share sets c, the others add to it.
-  void product_block(Left<A> left, int64_t rows, int64_t k, A* c, int64_t c_stride, A* packed) const {
-    const int64_t depth = std::min(step(), k_ - k);
-    const bool add = k > 0;
-    left.data += k * (left.by_column ? left.stride : 1);
-    if (way_ == Way::dot) return tile<W>().dot({left, b_ + k, w_.row_stride, c, c_stride, rows, n_, depth, add});
+  /// c[rows][0 .. n) = left * panel; c has room for 32 columns, or 64 if n > 32. packed holds kPackedSize values.
+  void product(Left<A> left, int64_t rows, A* c, int64_t c_stride, A* packed) const {
+    if (way_ == Way::dot) {
+      for (const Half& h : half_)
+        if (h.n) tile<W>().dot({left, h.b, w_.row_stride, c + (&h - half_) * kPanel, c_stride, rows, h.n, k_, false});
+      return;
+    }
+    const int64_t apart = half_[1].b - half_[0].b;
     if (way_ == Way::direct)
-      return tile<W>().outer({left, b_ + k * w_.col_stride, w_.col_stride, c, c_stride, rows, width_, depth, add});
-    pack(b_ + k * w_.col_stride, depth, packed);
-    tile<A>().outer({left, packed, width_, c, c_stride, rows, width_, depth, add});
+      return tile<W>().outer({left, half_[0].b, w_.col_stride, c, c_stride, rows, width_, k_, false, apart});
+    const bool joined =
+        w_.row_stride == 1 && !w_.padded && apart == kPanel && half_[0].n == kPanel;  // 64 columns in one piece
+    for (int64_t k = 0; k < k_ || k == 0; k += kDepthBlock<A>) {
+      const int64_t depth = std::min(kDepthBlock<A>, k_ - k);
+      if (joined)
+        tile<W>().gather(half_[0].b + k * w_.col_stride, w_.col_stride, nullptr, half_[0].n + half_[1].n, depth, packed,
+                         width_);
+      else
+        for (const Half& h : half_)
+          if (h.n) pack({h.b + k * w_.col_stride, h.n}, depth, packed + (&h - half_) * depth * kPanel);
+      const int64_t stride = joined ? width_ : kPanel, to_half = joined ? kPanel : depth * kPanel;
+      tile<A>().outer({left, packed, stride, c, c_stride, rows, width_, depth, k > 0, to_half});
+      left.data += depth * (left.by_column ? left.stride : 1);
+    }
   }
 
  private:
-  void pack(const W* b, int64_t depth, A* packed) const {
-    if (w_.col_stride == 1) return tile<W>().transpose(b, w_.row_stride, n_, depth, packed);
-    if (w_.padded) return tile<W>().widen(b, packed, depth * kPanel);
-    if (w_.row_stride == 1) return tile<W>().gather(b, w_.col_stride, nullptr, n_, depth, packed, width_);
+  void pack(Half half, int64_t depth, A* packed) const {
+    if (w_.col_stride == 1) return tile<W>().transpose(half.b, w_.row_stride, half.n, depth, packed);
+    if (w_.padded) return tile<W>().widen(half.b, packed, depth * kPanel);
+    if (w_.row_stride == 1) return tile<W>().gather(half.b, w_.col_stride, nullptr, half.n, depth, packed, kPanel);
     for (int64_t k = 0; k < depth; ++k)
-      for (int64_t n = 0; n < width_; ++n)
-        packed[k * width_ + n] = n < n_ ? A(b[k * w_.col_stride + n * w_.row_stride]) : A(0);
+      for (int64_t n = 0; n < kPanel; ++n)
+        packed[k * kPanel + n] = n < half.n ? A(half.b[k * w_.col_stride + n * w_.row_stride]) : A(0);
   }
 
   const Weight w_;
-  const W* b_;
-  int64_t n_, k_, width_;
+  const Half half_[2];
+  int64_t k_, width_;
   Way way_;
 };
 

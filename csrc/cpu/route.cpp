@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // route: a task some tokens. 1. scores, 2. choice (bias, groups, K best), 3. weights. A row stays in the first-level
 // cache.
-#include <numeric>
-
 #include "parallel.h"
 #include "scores.h"
 
@@ -10,7 +8,6 @@ namespace moe::cpu {
 namespace {
 
 constexpr int64_t kTokensPerTask = 32;
-constexpr int64_t kScanK = 24;  // up to here K scans for the maximum beat a partial sort
 
 template <class A> struct Scratch {  // a worker's rows of E
   A *logits, *scores, *choice, *group_scores;
@@ -28,29 +25,15 @@ template <class A> struct Scratch {  // a worker's rows of E
   }
 };
 
-/// The first index that holds the largest value and is not among the `taken` ids; values taken before are -inf.
-template <class A> int32_t take_best(A* values, int64_t count, const int32_t* taken, int64_t taken_count) {
-  const A best = math<A>().max(values, count);
-  int64_t i = 0;
-  if (best > -std::numeric_limits<A>::infinity()) {
-    while (values[i] != best) ++i;
-    values[i] = -std::numeric_limits<A>::infinity();
-  } else {
-    while (std::find(taken, taken + taken_count, int32_t(i)) != taken + taken_count) ++i;
+/// The `k` best of `values`, ties to the lowest index, then what is out of reach (-inf) from the lowest index on.
+/// Returns how many are in reach. values is used up.
+template <class A> int64_t take_k_best(A* values, int64_t count, int64_t k, int32_t* best) {
+  const int64_t found = math<A>().top_k(values, count, k, best);
+  for (int64_t i = found, next = 0; i < k; ++i, ++next) {
+    while (std::find(best, best + found, int32_t(next)) != best + found) ++next;
+    best[i] = int32_t(next);
   }
-  return int32_t(i);
-}
-
-/// The `k` best of `values`, ties to the lowest index; values is used up.
-template <class A> void take_k_best(A* values, int64_t count, int64_t k, int32_t* order, int32_t* best) {
-  if (k <= kScanK) {
-    for (int64_t i = 0; i < k; ++i) best[i] = take_best(values, count, best, i);
-    return;
-  }
-  std::iota(order, order + count, 0);
-  std::partial_sort(order, order + k, order + count,
-                    [&](int32_t a, int32_t b) { return values[a] > values[b] || (values[a] == values[b] && a < b); });
-  std::copy_n(order, k, best);
+  return found;
 }
 
 /// Masks all experts outside the topk_group groups whose group_top best choices sum highest.
@@ -64,10 +47,10 @@ template <class A> void mask_groups(const RouteArgs& args, const Scratch<A>& w) 
       sum += *best;
       *best = -std::numeric_limits<A>::infinity();
     }
-    w.group_scores[g] = sum;
+    w.group_scores[g] = sum == sum ? sum : -std::numeric_limits<A>::infinity();
   }
   int32_t* kept = w.order;
-  for (int64_t i = 0; i < args.topk_group; ++i) kept[i] = take_best(w.group_scores, args.G, kept, i);
+  take_k_best(w.group_scores, args.G, args.topk_group, kept);
   for (int64_t g = 0; g < args.G; ++g)
     if (std::find(kept, kept + args.topk_group, int32_t(g)) == kept + args.topk_group)
       std::fill_n(w.choice + g * size, size, -std::numeric_limits<A>::infinity());
@@ -91,16 +74,12 @@ template <class T> void route_token(const RouteArgs& args, int64_t t, const Scra
   if (lse) *lse = sum_exp;
   // 2. choice
   const A* bias = static_cast<const A*>(args.correction_bias);
-  for (int64_t e = 0; e < args.E; ++e) {
-    const A choice = w.scores[e] + (bias ? bias[e] : A(0));
-    w.choice[e] = w.logits[e] > -infinity && choice == choice ? choice : -infinity;
-  }
+  math<A>().choose(w.scores, bias, w.logits, w.choice, args.E);
   if (args.G > 1) mask_groups(args, w);
-  for (int64_t e = 0; e < args.E; ++e)  // an expert out of reach weighs nothing, even if there is no other to take
-    if (w.choice[e] == -infinity) w.scores[e] = 0;
-  take_k_best(w.choice, args.E, args.K, w.order, ids);
+  const int64_t found = take_k_best(w.choice, args.E, args.K, ids);
   // 3. weights
   A sum = A(args.rule.renormalize_eps);
+  for (int64_t k = found; k < args.K; ++k) w.scores[ids[k]] = 0;  // out of reach: weighs nothing
   for (int64_t k = 0; k < args.K; ++k) sum += w.scores[ids[k]];
   const A divisor = args.rule.renormalize && sum > 0 ? sum : A(1);  // divide first: K = 1 weighs exactly 1
   for (int64_t k = 0; k < args.K; ++k) weights[k] = w.scores[ids[k]] / divisor * A(args.rule.scale);

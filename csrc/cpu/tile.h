@@ -25,6 +25,8 @@ template <class T> struct ProductArgs {
   acc_t<T>* c;
   int64_t c_stride, m, n, k;
   bool accumulate;
+  int64_t b_half = kPanel;  // outer: from column 0 to column 32
+  bool stream = false;      // outer: c is written past the caches, where that is possible
 };
 
 template <class T> struct Tile {
@@ -53,6 +55,14 @@ template <class A> struct Math {
   A (*exp_sum)(A* row, A shift, int64_t count);  // row = exp(row - shift); returns the sum, in lane order
   void (*sigmoid)(A* row, int64_t count);
   A (*max)(const A* row, int64_t count);
+  /// In place: NaN to -inf, +inf to the largest finite float.
+  void (*clean)(A* row, int64_t count);
+  void (*divide)(A* row, A by, int64_t count);
+  /// choice = score + bias (which may be null); -inf where logit is -inf or the sum is NaN.
+  void (*choose)(const A* score, const A* bias, const A* logit, A* choice, int64_t count);
+  /// The k best of values in descending order, ties to the lowest index; stops and returns how many there were where
+  /// only -inf is left. values is used up and needs room for whole vectors.
+  int64_t (*top_k)(A* values, int64_t count, int64_t k, int32_t* best);
   A (*dot)(const A*, const A*, int64_t count);
   void (*axpy)(A scale, const A* x, A* y, int64_t count);  // y += scale * x
 };

@@ -4,7 +4,7 @@
 // layout:
 //   dot:   both operands run along k; lanes hold k, so nothing is packed. Few rows, row-major weights.
 //   outer: lanes hold n, the left operand is broadcast. Many rows on packed panels, or weights that run along n.
-// Registers: dot holds (rows x weights) sums, outer (kOuterRows x 2) sums + 2 weights + 1 broadcast.
+// Registers: dot holds (rows x weights) sums, outer (rows x vectors) sums + its vectors of weights + 1 broadcast.
 namespace moe::cpu::MOE_ISA {
 
 template <class A> struct VecOf {
@@ -30,6 +30,22 @@ template <class A> inline Vec<A> load(const A* p) {
 }
 template <class A> inline void store(A* p, Vec<A> v) { std::memcpy(p, &v, sizeof v); }
 
+/// Past the caches: a line that is not read again need not be read before it is written. p is aligned to a vector.
+template <class A> inline void store_streaming(A* p, Vec<A> v) {
+#if MOE_VEC_BYTES == 64
+  _mm512_stream_ps((float*)p, bit_cast<__m512>(v));
+#elif MOE_VEC_BYTES == 32
+  _mm256_stream_ps((float*)p, bit_cast<__m256>(v));
+#else
+  store(p, v);
+#endif
+}
+inline void end_streaming() {  // before another thread may look
+#if MOE_VEC_BYTES > 16
+  _mm_sfence();
+#endif
+}
+
 inline BitVec widen_bits(HalfVec h) {
 #if MOE_VEC_BYTES == 64  // GCC 12 splits the generic conversion into halves
   return BitVec(_mm512_cvtepu16_epi32(__m256i(h)));
@@ -51,21 +67,32 @@ inline void store(bf16* p, Vec<float> v) {
 }
 
 #if MOE_VEC_BYTES == 64
-inline Vec<float> load(const f16* p) { return Vec<float>(_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))); }
+inline Vec<float> widen_f16(HalfVec h) { return Vec<float>(_mm512_cvtph_ps(__m256i(h))); }
 inline void store(f16* p, Vec<float> v) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(__m512(v), 0)); }
 #elif MOE_VEC_BYTES == 32
-inline Vec<float> load(const f16* p) { return Vec<float>(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p))); }
+inline Vec<float> widen_f16(HalfVec h) { return Vec<float>(_mm256_cvtph_ps(__m128i(h))); }
 inline void store(f16* p, Vec<float> v) { _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(__m256(v), 0)); }
 #else
-inline Vec<float> load(const f16* p) {
+inline Vec<float> widen_f16(HalfVec h) {
   Vec<float> v;
-  for (int i = 0; i < VecOf<float>::lanes; ++i) v[i] = float(p[i]);
+  for (int i = 0; i < VecOf<float>::lanes; ++i) v[i] = float(bit_cast<f16>(uint16_t(h[i])));
   return v;
 }
 inline void store(f16* p, Vec<float> v) {
   for (int i = 0; i < VecOf<float>::lanes; ++i) p[i] = f16(v[i]);
 }
 #endif
+inline Vec<float> load(const f16* p) {
+  HalfVec h;
+  std::memcpy(&h, p, sizeof h);
+  return widen_f16(h);
+}
+
+/// The element whose 16 bits each lane holds.
+template <class T> inline Vec<float> from_bits(BitVec bits) {
+  if constexpr (std::is_same_v<T, bf16>) return bit_cast<Vec<float>>(bits << 16);
+  else return widen_f16(__builtin_convertvector(bits, HalfVec));
+}
 
 template <class A, int... I> inline Vec<A> shuffle(Vec<A> a, Vec<A> b, std::integer_sequence<int, I...>) {
 #ifdef __clang__
@@ -171,73 +198,120 @@ template <class T> void dot(const ProductArgs<T>& p) {
   if (p.m - m == 1) dot_rows<T, 1, kMany ? 8 : 6>(p, m);
 }
 
-// ---- outer: c[M][two vectors] over a panel that runs along n
-constexpr int kOuterRows = MOE_VEC_REGS == 32 ? 12 : 6;
-
-template <class T, int M, bool kByColumn> void outer_tile(const ProductArgs<T>& p, int64_t m0, int64_t n0) {
+// ---- outer: c[M][V vectors] over a panel that runs along n
+template <class T, int M, int V, bool kByColumn>
+void outer_tile(const ProductArgs<T>& p, int64_t m0, int64_t n0) {
   using A = acc_t<T>;
   constexpr int L = VecOf<A>::lanes;
   const A* a[M];
   for (int m = 0; m < M; ++m) a[m] = kByColumn ? p.left.data + m0 + m : left_row(p.left, m0 + m);
-  const T* b = p.b + n0;
-  Vec<A> acc[M][2] = {};
-  for (int64_t k = 0; k < p.k; ++k, b += p.b_stride) {
-    const Vec<A> b0 = load(b), b1 = load(b + L);
+  const auto column = [&](int64_t n) { return p.b + n / kPanel * p.b_half + n % kPanel; };
+  const T *low = column(n0), *high = column(n0 + V / 2 * L);
+  Vec<A> acc[M][V] = {};
+  for (int64_t k = 0; k < p.k; ++k, low += p.b_stride, high += p.b_stride) {
+    Vec<A> b[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) b[v] = load(v < V / 2 ? low + v * L : high + (v - V / 2) * L);
     const int64_t step = kByColumn ? k * p.left.stride : k;
 #pragma GCC unroll 12
     for (int m = 0; m < M; ++m) {
       const A av = kByColumn ? a[0][step + m] : a[m][step];
-      acc[m][0] += av * b0;
-      acc[m][1] += av * b1;
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) acc[m][v] += av * b[v];
     }
   }
 #pragma GCC unroll 12
-  for (int m = 0; m < M; ++m) {
-    A* c = p.c + (m0 + m) * p.c_stride + n0;
-    store(c, p.accumulate ? load(c) + acc[m][0] : acc[m][0]);
-    store(c + L, p.accumulate ? load(c + L) + acc[m][1] : acc[m][1]);
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      A* c = p.c + (m0 + m) * p.c_stride + n0 + v * L;
+      if (p.stream) store_streaming(c, acc[m][v]);
+      else store(c, p.accumulate ? load(c) + acc[m][v] : acc[m][v]);
+    }
+}
+template <class T, int M, int V>
+void outer_rows(const ProductArgs<T>& p, int64_t rows, int64_t m0) {
+  if constexpr (M > 0) {
+    if (rows != M) return outer_rows<T, M - 1, V>(p, rows, m0);
+    for (int64_t n = 0; n < p.n; n += V * VecOf<acc_t<T>>::lanes)
+      p.left.by_column ? outer_tile<T, M, V, true>(p, m0, n) : outer_tile<T, M, V, false>(p, m0, n);
   }
 }
-template <class T, int M> void outer_rows(const ProductArgs<T>& p, int64_t rows, int64_t m0) {
-  if constexpr (M > 0) {
-    if (rows != M) return outer_rows<T, M - 1>(p, rows, m0);
-    for (int64_t n = 0; n < p.n; n += 2 * VecOf<acc_t<T>>::lanes)
-      p.left.by_column ? outer_tile<T, M, true>(p, m0, n) : outer_tile<T, M, false>(p, m0, n);
+template <class T, int M, int V> void outer_by(const ProductArgs<T>& p) {
+  const int64_t blocks = (p.m + M - 1) / M;  // balanced: 16 rows are 8 + 8, not 12 + 4
+  for (int64_t i = 0; i < blocks; ++i) {
+    const int64_t m0 = p.m * i / blocks;
+    outer_rows<T, M, V>(p, p.m * (i + 1) / blocks - m0, m0);
   }
 }
 template <class T> void outer(const ProductArgs<T>& p) {
-  const int64_t blocks = (p.m + kOuterRows - 1) / kOuterRows;  // balanced: 16 rows are 8 + 8, not 12 + 4
-  for (int64_t i = 0; i < blocks; ++i) {
-    const int64_t m0 = p.m * i / blocks;
-    outer_rows<T, kOuterRows>(p, p.m * (i + 1) / blocks - m0, m0);
+  constexpr bool kMany = MOE_VEC_REGS == 32;
+  // Four vectors take 10 loads for 24 multiply-adds, two take 14: it shows where two threads share a core.
+  if (p.stream) {
+    const bool aligned = (uintptr_t(p.c) | p.c_stride * sizeof(*p.c)) % MOE_VEC_BYTES == 0;
+    ProductArgs<T> plain = p;
+    plain.stream = false;
+    if (p.accumulate || !aligned) return outer<T>(plain);
   }
+  if constexpr (kMany) {
+    if (p.n % (4 * VecOf<acc_t<T>>::lanes) == 0) outer_by<T, 6, 4>(p);
+    else outer_by<T, 12, 2>(p);
+  } else {
+    outer_by<T, 6, 2>(p);
+  }
+  if (p.stream) end_streaming();
 }
 
-// ---- transpose: an L x L block is log2(L) rounds of interleaving row i with row i + L/2
-template <int L, int kUpper> struct Interleave {
-  static constexpr int lane(int r) { return r / 2 + kUpper * (L / 2) + r % 2 * L; }
+// ---- transpose: 16 bytes of each row to a vector, whose 16-byte lanes are then transposed among few vectors
+template <class A> inline Vec<A> load_lanes(const char* p, int64_t stride) {  // 16 bytes from rows `stride` bytes apart
+#if MOE_VEC_BYTES == 64
+  __m512 v = _mm512_castps128_ps512(_mm_loadu_ps((const float*)p));
+  v = _mm512_insertf32x4(v, _mm_loadu_ps((const float*)(p + stride)), 1);
+  v = _mm512_insertf32x4(v, _mm_loadu_ps((const float*)(p + 2 * stride)), 2);
+  v = _mm512_insertf32x4(v, _mm_loadu_ps((const float*)(p + 3 * stride)), 3);
+  return bit_cast<Vec<A>>(v);
+#elif MOE_VEC_BYTES == 32
+  const __m256 v = _mm256_castps128_ps256(_mm_loadu_ps((const float*)p));
+  return bit_cast<Vec<A>>(_mm256_insertf128_ps(v, _mm_loadu_ps((const float*)(p + stride)), 1));
+#else
+  (void)stride;
+  return load(reinterpret_cast<const A*>(p));
+#endif
+}
+template <int L, int Q, int kUpper> struct InterleaveLanes {
+  static constexpr int lane(int r) { return r / Q * Q + kUpper * (Q / 2) + r % Q / 2 + r % 2 * L; }
 };
+// Stores what the lanes of v hold: one row of the panel, or two where a lane holds a pair of half-width elements.
+template <class T> inline void store_rows(acc_t<T>* panel, Vec<acc_t<T>> v) {
+  if constexpr (sizeof(T) == sizeof(acc_t<T>)) {
+    store(panel, v);
+  } else {
+    const BitVec bits = bit_cast<BitVec>(v);
+    store(panel, from_bits<T>(bits & 0xffff)), store(panel + kPanel, from_bits<T>(bits >> 16));
+  }
+}
 template <class T> void transpose(const T* b, int64_t b_stride, int64_t n, int64_t k, acc_t<T>* panel) {
   using A = acc_t<T>;
-  constexpr int L = VecOf<A>::lanes;
+  constexpr int L = VecOf<A>::lanes, Q = 16 / sizeof(A), kEach = sizeof(A) / sizeof(T);
   for (int64_t n0 = 0; n0 < kPanel; n0 += L) {
     int64_t k0 = 0;
-    for (; n0 + L <= n && k0 + L <= k; k0 += L) {
-      Vec<A> v[L], w[L];
-#pragma GCC unroll 16
-      for (int i = 0; i < L; ++i) v[i] = load(b + (n0 + i) * b_stride + k0);
+    for (; n0 + L <= n && k0 + Q * kEach <= k; k0 += Q * kEach) {
+      Vec<A> v[Q], w[Q];
 #pragma GCC unroll 4
-      for (int round = 1; round < L; round *= 2) {
-#pragma GCC unroll 8
-        for (int i = 0; i < L / 2; ++i) {
-          w[2 * i] = shuffle_by<A, Interleave<L, 0>>(v[i], v[i + L / 2]);
-          w[2 * i + 1] = shuffle_by<A, Interleave<L, 1>>(v[i], v[i + L / 2]);
+      for (int i = 0; i < Q; ++i)
+        v[i] = load_lanes<A>((const char*)(b + (n0 + i) * b_stride + k0), Q * b_stride * int64_t(sizeof(T)));
+#pragma GCC unroll 2
+      for (int round = 1; round < Q; round *= 2) {
+#pragma GCC unroll 2
+        for (int i = 0; i < Q / 2; ++i) {
+          w[2 * i] = shuffle_by<A, InterleaveLanes<L, Q, 0>>(v[i], v[i + Q / 2]);
+          w[2 * i + 1] = shuffle_by<A, InterleaveLanes<L, Q, 1>>(v[i], v[i + Q / 2]);
         }
-#pragma GCC unroll 16
-        for (int i = 0; i < L; ++i) v[i] = w[i];
+#pragma GCC unroll 4
+        for (int i = 0; i < Q; ++i) v[i] = w[i];
       }
-#pragma GCC unroll 16
-      for (int i = 0; i < L; ++i) store(panel + (k0 + i) * kPanel + n0, v[i]);
+#pragma GCC unroll 4
+      for (int i = 0; i < Q; ++i) store_rows<T>(panel + (k0 + i * kEach) * kPanel + n0, v[i]);
     }
     for (; k0 < k; ++k0)
       for (int64_t i = n0; i < n0 + L; ++i) panel[k0 * kPanel + i] = i < n ? A(b[i * b_stride + k0]) : A(0);
