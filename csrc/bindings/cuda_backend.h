@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The stages on CUDA tensors: queued on torch's current stream, on the tensor's device. No wait, no host read, no memory
-// but torch's, so that a CUDA graph can capture every op. For cuda_ops.cpp alone.
+// The stages on CUDA tensors: queued on torch's current stream, on the tensor's device. No wait, no host read, no
+// memory but torch's, so that a CUDA graph can capture every op. For cuda_ops.cpp alone.
 #pragma once
 #include <torch/csrc/stable/accelerator.h>
 

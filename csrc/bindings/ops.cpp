@@ -42,22 +42,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> route(const Tensor& logits_, int64_t 
   Tensor weights = empty(logits, {T, top_k}, acc), ids = empty(logits, {T, top_k}, ScalarType::Int);
   Tensor counts = empty(logits, {E}, ScalarType::Int), lse = empty(logits, {scoring == 0 ? T : 0}, acc);
   RouteArgs args{T,
-              E,
-              top_k,
-              G,
-              topk_group,
-              group_top,
-              {Scoring(scoring), renormalize, renormalize_eps, scale, logit_softcap},
-              dtype,
-              logits.const_data_ptr(),
-              logits.stride(0),
-              data_of(bias),
-              static_cast<const uint8_t*>(data_of(mask)),
-              weights.mutable_data_ptr(),
-              ids.mutable_data_ptr<int32_t>(),
-              counts.mutable_data_ptr<int32_t>(),
-              scoring == 0 ? lse.mutable_data_ptr() : nullptr,
-              nullptr};
+                 E,
+                 top_k,
+                 G,
+                 topk_group,
+                 group_top,
+                 {Scoring(scoring), renormalize, renormalize_eps, scale, logit_softcap},
+                 dtype,
+                 logits.const_data_ptr(),
+                 logits.stride(0),
+                 data_of(bias),
+                 static_cast<const uint8_t*>(data_of(mask)),
+                 weights.mutable_data_ptr(),
+                 ids.mutable_data_ptr<int32_t>(),
+                 counts.mutable_data_ptr<int32_t>(),
+                 scoring == 0 ? lse.mutable_data_ptr() : nullptr,
+                 nullptr};
   run(logits, args);
   return {weights, ids, counts, lse};
 }
@@ -78,18 +78,18 @@ Tensor route_backward(const MaybeTensor& grad_weights_, const MaybeTensor& grad_
   const Tensor ids = local_ids("route_backward", topk_ids, E);
   Tensor out = empty(logits, {T, E}, logits.scalar_type());
   RouteBackwardArgs args{T,
-                       E,
-                       K,
-                       {Scoring(scoring), renormalize, renormalize_eps, scale, logit_softcap},
-                       dtype,
-                       data_of(grad_weights),
-                       scoring == 0 ? data_of(grad_lse) : nullptr,
-                       logits.const_data_ptr(),
-                       logits.stride(0),
-                       ids.const_data_ptr<int32_t>(),
-                       weights.const_data_ptr(),
-                       out.mutable_data_ptr(),
-                       nullptr};
+                         E,
+                         K,
+                         {Scoring(scoring), renormalize, renormalize_eps, scale, logit_softcap},
+                         dtype,
+                         data_of(grad_weights),
+                         scoring == 0 ? data_of(grad_lse) : nullptr,
+                         logits.const_data_ptr(),
+                         logits.stride(0),
+                         ids.const_data_ptr<int32_t>(),
+                         weights.const_data_ptr(),
+                         out.mutable_data_ptr(),
+                         nullptr};
   run(logits, args);
   return out;
 }
@@ -106,8 +106,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> permute(const Tensor& x_, const Tenso
   const Tensor ids = local_ids("permute", topk_ids, E);
   Tensor x_rows = empty(x, {P, H}, x.scalar_type()), row_to_slot = empty(x, {P}, ScalarType::Int);
   Tensor slot_to_row = empty(x, {S}, ScalarType::Int), offsets = empty(x, {E + 1}, ScalarType::Int);
-  PermuteIndexArgs index{S, E, P, align, ids.const_data_ptr<int32_t>(), offsets.mutable_data_ptr<int32_t>(),
-                         row_to_slot.mutable_data_ptr<int32_t>(), slot_to_row.mutable_data_ptr<int32_t>(), nullptr};
+  PermuteIndexArgs index{S,
+                         E,
+                         P,
+                         align,
+                         ids.const_data_ptr<int32_t>(),
+                         offsets.mutable_data_ptr<int32_t>(),
+                         row_to_slot.mutable_data_ptr<int32_t>(),
+                         slot_to_row.mutable_data_ptr<int32_t>(),
+                         nullptr};
   run(x, index);
   run(x, PermuteArgs{P, H, K, dtype, x.const_data_ptr(), x.stride(0), row_to_slot.const_data_ptr<int32_t>(),
                      x_rows.mutable_data_ptr()});
@@ -146,9 +153,20 @@ std::tuple<Tensor, Tensor> unpermute_backward(const Tensor& grad_y_, const Tenso
   const Tensor slot_to_row = local_ids("unpermute_backward", slot_to_row_, P),
                weights = to_type(topk_weights, acc_of(dtype));
   Tensor grad_rows = empty(rows, {P, H}, rows.scalar_type()), grad_weights = empty(rows, {T, K}, acc_of(dtype));
-  UnpermuteBackwardArgs args{T, H, K, P, dtype, grad_y.const_data_ptr(), rows.const_data_ptr(), grad_y.stride(0),
-                             rows.stride(0), slot_to_row.const_data_ptr<int32_t>(), weights.const_data_ptr(),
-                             grad_rows.mutable_data_ptr(), grad_weights.mutable_data_ptr(), nullptr};
+  UnpermuteBackwardArgs args{T,
+                             H,
+                             K,
+                             P,
+                             dtype,
+                             grad_y.const_data_ptr(),
+                             rows.const_data_ptr(),
+                             grad_y.stride(0),
+                             rows.stride(0),
+                             slot_to_row.const_data_ptr<int32_t>(),
+                             weights.const_data_ptr(),
+                             grad_rows.mutable_data_ptr(),
+                             grad_weights.mutable_data_ptr(),
+                             nullptr};
   run(rows, args);
   return {grad_rows, to_type(grad_weights, topk_weights.scalar_type())};
 }

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <utility>
 
+#include "../score.h"
 #include "tile.h"
 
 #ifdef __clang__

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <utility>
 
+#include "../score.h"
 #include "isa.h"
 #include "tile.h"
 

@@ -5,6 +5,7 @@
 #include <limits>
 #include <numeric>
 
+#include "../score.h"
 #include "parallel.h"
 #include "tile.h"
 
@@ -31,20 +32,24 @@ template <class A> struct Scratch {  // a worker's rows of E
 };
 
 /// l = softcap(logits) with NaN as -inf, which stays -inf, and +inf as the largest finite float; true where any is
-/// finite.
-template <class T, class A> bool clean_logits(const T* row, int64_t E, double softcap, A* l) {
+/// finite. `exps` is scratch.
+template <class T, class A> bool clean_logits(const T* row, int64_t E, double softcap, A* l, A* exps) {
+  constexpr A infinity = std::numeric_limits<A>::infinity();
   bool any = false;
   for (int64_t e = 0; e < E; ++e) {
-    A v = A(row[e]);
-    if (v != v) v = -std::numeric_limits<A>::infinity();
-    else if (softcap > 0 && v > -std::numeric_limits<A>::infinity()) v = A(softcap) * std::tanh(v / A(softcap));
-    l[e] = std::min(v, A(std::numeric_limits<float>::max()));
-    any |= l[e] > -std::numeric_limits<A>::infinity();
+    const A v = A(row[e]);
+    l[e] = v > -infinity ? v : -infinity;
+    any |= l[e] > -infinity;
   }
+  if (softcap > 0) {
+    for (int64_t e = 0; e < E; ++e) exps[e] = softcap_exponent(l[e], A(softcap));
+    math<A>().exp_sum(exps, A(0), E);
+    for (int64_t e = 0; e < E; ++e)
+      if (l[e] > -infinity) l[e] = softcap_of(l[e], A(softcap), exps[e]);
+  }
+  for (int64_t e = 0; e < E; ++e) l[e] = std::min(l[e], A(std::numeric_limits<float>::max()));
   return any;
 }
-
-template <class A> A softplus(A l) { return l > A(20) ? l + std::log1p(std::exp(-l)) : std::log1p(std::exp(l)); }
 
 /// s = score(l) and, for softmax, the logsumexp.
 template <class A> A score(Scoring scoring, const A* l, int64_t E, A* s) {
@@ -57,7 +62,9 @@ template <class A> A score(Scoring scoring, const A* l, int64_t E, A* s) {
     }
     case Scoring::sigmoid: math<A>().sigmoid(s, E); break;
     case Scoring::sqrtsoftplus:
-      for (int64_t e = 0; e < E; ++e) s[e] = std::sqrt(softplus(s[e]));
+      for (int64_t e = 0; e < E; ++e) s[e] = sqrtsoftplus_exponent(l[e]);
+      math<A>().exp_sum(s, A(0), E);
+      for (int64_t e = 0; e < E; ++e) s[e] = sqrtsoftplus_of(l[e], s[e]);
   }
   return A(0);
 }
@@ -115,7 +122,7 @@ template <class T> void route_token(const RouteArgs& args, int64_t t, const Scra
   A* lse = args.lse ? static_cast<A*>(args.lse) + t : nullptr;
   const bool masked = args.padding_mask && !args.padding_mask[t];
   const T* row = static_cast<const T*>(args.logits) + t * args.logits_stride;
-  if (masked || !clean_logits(row, args.E, args.rule.logit_softcap, w.logits)) {
+  if (masked || !clean_logits(row, args.E, args.rule.logit_softcap, w.logits, w.scores)) {
     for (int64_t k = 0; k < args.K; ++k) weights[k] = 0, ids[k] = masked ? -1 : int32_t(k);
     if (lse) *lse = 0;
     return;
@@ -148,7 +155,7 @@ template <class T> void route_token_backward(const RouteBackwardArgs& args, int6
   const A* grad_weights = args.grad_weights ? static_cast<const A*>(args.grad_weights) + t * args.K : nullptr;
   const A* weights = static_cast<const A*>(args.topk_weights) + t * args.K;
   std::fill_n(w.choice, args.E, A(0));  // d score, then d logit
-  if (ids[0] >= 0 && clean_logits(row, args.E, args.rule.logit_softcap, w.logits)) {
+  if (ids[0] >= 0 && clean_logits(row, args.E, args.rule.logit_softcap, w.logits, w.scores)) {
     score(args.rule.scoring, w.logits, args.E, w.scores);
     A sum = A(args.rule.renormalize_eps), dot = 0, mean = 0;
     for (int64_t k = 0; k < args.K && grad_weights; ++k) {

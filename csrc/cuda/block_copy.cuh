@@ -34,7 +34,8 @@ template <class T> MOE_DEVICE void copy_out(T* global, const T* shared, int coun
   const int vectors = (count - head) / width, tail = head + vectors * width;
   for (int i = threadIdx.x; i < head; i += blockDim.x) global[i] = shared[i];
   for (int i = threadIdx.x; i < vectors; i += blockDim.x)
-    __stcg(reinterpret_cast<uint4*>(global + head + i * width), ld_shared_v4(cvta_to_shared(shared + head + i * width)));
+    __stcg(reinterpret_cast<uint4*>(global + head + i * width),
+           ld_shared_v4(cvta_to_shared(shared + head + i * width)));
   for (int i = tail + threadIdx.x; i < count; i += blockDim.x) global[i] = shared[i];
 }
 

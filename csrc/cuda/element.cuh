@@ -53,8 +53,8 @@ template <class T, int N> MOE_DEVICE uint4 pack(const Elements<T, N>& in) {
     for (int i = 0; i < 4; ++i) word[i] = __float_as_uint(in.v[i]);
   } else {
     for (int i = 0; i < 4; ++i)
-      word[i] = T::kBrain ? cvt_rn_bf16x2_f32(in.v[2 * i + 1], in.v[2 * i])
-                          : cvt_rn_f16x2_f32(in.v[2 * i + 1], in.v[2 * i]);
+      word[i] =
+          T::kBrain ? cvt_rn_bf16x2_f32(in.v[2 * i + 1], in.v[2 * i]) : cvt_rn_f16x2_f32(in.v[2 * i + 1], in.v[2 * i]);
   }
   return make_uint4(word[0], word[1], word[2], word[3]);
 }

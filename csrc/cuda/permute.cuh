@@ -187,7 +187,8 @@ MOE_KERNEL __launch_bounds__(256) narrow_ids_kernel(NarrowIdsArgs args) {
 constexpr int kRowVectors = 4;  // of a lane, all in flight before the first is written
 
 /// x_rows[r] = x[row_to_slot[r] / K], or 0. Rows are `vectors` of V; a warp copies 128 of them.
-template <class V> MOE_KERNEL __launch_bounds__(256) permute_rows_kernel(PermuteArgs args, int64_t vectors, int64_t x_stride) {
+template <class V> MOE_KERNEL __launch_bounds__(256)
+    permute_rows_kernel(PermuteArgs args, int64_t vectors, int64_t x_stride) {
   const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
   const int64_t r = int64_t(blockIdx.x) * warps + threadIdx.x / kWarp;
   if (r >= args.P) return;

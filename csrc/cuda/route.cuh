@@ -69,7 +69,10 @@ template <class A> MOE_DEVICE A score_of(Scoring scoring, A l, RowSums<A> sums) 
 }
 
 /// The best of the lane's keys. Lane l holds the keys l, l + 32, ...
-template <class Key> struct Best { Key key; uint32_t at; };
+template <class Key> struct Best {
+  Key key;
+  uint32_t at;
+};
 template <class Key> MOE_DEVICE Best<Key> lane_best(const Key* keys, int count, int lane) {
   Best<Key> best{0, 0xffffffffu};
   for (int i = lane; i < count; i += kWarp)
@@ -123,7 +126,11 @@ template <class A> MOE_DEVICE void mask_groups(const RouteArgs& args, key_t<A>* 
 }
 
 /// One token of a tile, by one warp: row, weights, ids and lse are its places in shared memory.
-template <class T> struct TokenResult { acc_t<T>* weights; int32_t* ids; acc_t<T>* lse; };
+template <class T> struct TokenResult {
+  acc_t<T>* weights;
+  int32_t* ids;
+  acc_t<T>* lse;
+};
 
 template <class T>
 MOE_DEVICE void route_token(const RouteArgs& args, bool masked, const T* row, key_t<acc_t<T>>* keys, TokenResult<T> out,
@@ -224,8 +231,8 @@ template <class T> MOE_DEVICE acc_t<T> cap_slope(T raw, acc_t<T> l, double softc
 /// One token of the backward: turns its logits, in place, into their gradients. `pulls` holds d topk_weights;
 /// it and `weights` are used up.
 template <class T>
-MOE_DEVICE void route_token_backward(const RouteBackwardArgs& args, T* row, const int32_t* ids,
-                                     acc_t<T>* weights, acc_t<T>* pulls, acc_t<T> grad_lse, int lane) {
+MOE_DEVICE void route_token_backward(const RouteBackwardArgs& args, T* row, const int32_t* ids, acc_t<T>* weights,
+                                     acc_t<T>* pulls, acc_t<T> grad_lse, int lane) {
   using A = acc_t<T>;
   const int E = int(args.E), K = args.grad_weights ? int(args.K) : 0;
   const RouteRule& rule = args.rule;
@@ -289,8 +296,8 @@ template <class T> MOE_KERNEL __launch_bounds__(256) route_backward_kernel(Route
     land();
     __syncthreads();
     for (int i = warp; i < tokens; i += warps)
-      route_token_backward<T>(args, rows + i * E, ids + i * K, weights + i * K, pulls + i * K,
-                              grad_lse ? lse[i] : A(0), lane);
+      route_token_backward<T>(args, rows + i * E, ids + i * K, weights + i * K, pulls + i * K, grad_lse ? lse[i] : A(0),
+                              lane);
     __syncthreads();
     copy_out(static_cast<T*>(args.grad_logits) + first * E, rows, tokens * E);
     __syncthreads();

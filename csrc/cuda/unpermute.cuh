@@ -62,8 +62,9 @@ MOE_KERNEL __launch_bounds__(256) unpermute_owners_kernel(UnpermuteBackwardArgs 
   }
 }
 
-/// A warp a row: grad_rows[r] = sum of w * grad_y[t], grad_weights[slot] = <rows[r], grad_y[t]> over the slots that name
-/// r, in slot order. From permute that is one slot or none; any other map is walked from the first owner to the last.
+/// A warp a row: grad_rows[r] = sum of w * grad_y[t], grad_weights[slot] = <rows[r], grad_y[t]> over the slots that
+/// name r, in slot order. From permute that is one slot or none; any other map is walked from the first owner to the
+/// last.
 template <class T, int N>
 MOE_KERNEL __launch_bounds__(256) unpermute_backward_kernel(UnpermuteBackwardArgs args, const int32_t* owners) {
   using A = acc_t<T>;
