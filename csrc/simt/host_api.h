@@ -72,10 +72,11 @@ class Registered {
 
 }  // namespace moe::simt
 
+#define MOE_SIMT_EXPORT __attribute__((visibility("default")))
 extern "C" {
 /// The last fault as text, empty if there was none. It names what, where (source line, block, thread) and the seed.
-const char* moe_simt_report();
+MOE_SIMT_EXPORT const char* moe_simt_report();
 /// Address audit: switches it on or off and forgets what was counted; then the counts as JSON, one record a site.
-void moe_simt_audit_start();
-const char* moe_simt_audit_stop();
+MOE_SIMT_EXPORT void moe_simt_audit_start();
+MOE_SIMT_EXPORT const char* moe_simt_audit_stop();
 }
