@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // How plain loads and stores are seen: the file that holds the kernels is compiled with -fsanitize=thread, which puts a
 // call before every access, and these are the functions it calls. The sanitizer's own library is not linked.
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 
 #include "machine.h"
@@ -11,8 +13,18 @@ using moe::simt::touch;
 
 namespace {
 
+// The emulator's own accesses must not come here. They would if an inline function of the standard library that both
+// use were taken from the kernels' object file, hence the emulator's objects come first on the link line.
 void plain(void* p, uint32_t bytes, Access kind, bool aligned, const void* site) {
-  if (running != nullptr) touch({p, bytes, kind, site, false, aligned});
+  if (running == nullptr) return;
+  if (running->in_hook) {
+    std::fputs("the emulator's objects must be linked before the kernels'\n", stderr);
+    std::abort();
+  }
+  moe::simt::Thread& thread = *running;
+  thread.in_hook = true;
+  touch({p, bytes, kind, site, false, aligned});
+  thread.in_hook = false;
 }
 
 // A volatile access is a relaxed one, and a volatile load in a loop polls.

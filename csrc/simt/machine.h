@@ -73,7 +73,8 @@ struct Thread {
 
   std::vector<CopyRef> copies;              // issued, not committed
   std::deque<std::vector<CopyRef>> groups;  // committed, not waited for
-  bool grid_waited = false;                 // griddepcontrol.wait
+  bool in_hook = false;
+  bool grid_waited = false;  // griddepcontrol.wait
   uint64_t polled_address = 0, polled_value = 0;
   int polls = 0;
   uint32_t quiet_accesses = 0;  // since it last gave way
@@ -194,6 +195,8 @@ struct Touch {
 };
 /// Bounds, alignment, race and audit of one access by the running thread.
 void touch(const Touch& access);
+/// Race check of shared memory on behalf of a lane that takes part in a tile instruction.
+void touch_shared_as(Thread& thread, const Touch& access);
 /// Host pointer of a shared-window address; a fault if [address, address + bytes) is not in this block's memory.
 uint8_t* shared_pointer(uint32_t address, uint32_t bytes, uint32_t alignment, const char* what);
 uint32_t shared_offset(uint32_t address);

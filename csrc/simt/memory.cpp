@@ -134,8 +134,7 @@ template <class F> void for_cells(uintptr_t address, uint32_t bytes, F f) {
 }
 
 // ---------------------------------------------------------------- the two memories
-void touch_shared(const Touch& access, uint32_t offset) {
-  Thread& thread = *running;
+void touch_shared(Thread& thread, const Touch& access, uint32_t offset) {
   Block& block = *thread.block;
   if (uint64_t(offset) + access.bytes > machine.config.shared_bytes) {  // also when it begins in the guard before
     fault("bounds",
@@ -236,12 +235,17 @@ void touch(const Touch& access) {
   }
   const auto shared = reinterpret_cast<uintptr_t>(thread.block->shared);
   if (address - (shared - kGuardBytes) < machine.config.shared_bytes + 2 * kGuardBytes) {
-    touch_shared(access, uint32_t(address - shared));
+    touch_shared(thread, access, uint32_t(address - shared));
     if (auditing) audit(access.site, Space::shared, access.kind, address - shared, access.bytes);
   } else {
     touch_global(access, address);
   }
   if (writes(access.kind)) wake_pollers(address, access.bytes);
+}
+
+void touch_shared_as(Thread& thread, const Touch& access) {
+  const auto shared = reinterpret_cast<uintptr_t>(thread.block->shared);
+  touch_shared(thread, access, uint32_t(reinterpret_cast<uintptr_t>(access.p) - shared));
 }
 
 void recheck_global_read(const Thread& thread, const void* p, uint32_t bytes, const void* site) {

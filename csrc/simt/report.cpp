@@ -43,7 +43,10 @@ std::vector<std::string> levels(const void* site) {
   }
   for (size_t i = 1; i < lines.size(); i += 2) {
     const std::string& line = lines[i];
-    if (line.find("/simt/") != std::string::npos || line.find("ptx.cuh") != std::string::npos) continue;
+    const bool ours = line.find("/simt/cuda_names.h") != std::string::npos ||
+                      line.find("csrc/simt/") != std::string::npos || line.find("ptx.cuh") != std::string::npos ||
+                      line.find("/include/c++/") != std::string::npos;
+    if (ours) continue;
     const size_t extra = line.find(" (discriminator");
     result.push_back(line.substr(0, extra));
   }

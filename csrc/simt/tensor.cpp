@@ -17,6 +17,7 @@ struct Tile {
   uint8_t* row;  // 16 bytes, null in a lane whose address is not used
   int matrices;
   bool transposed;
+  const void* site;
 };
 Tile& tile_of(void** arguments, uint32_t lane) { return *static_cast<Tile*>(arguments[lane]); }
 
@@ -27,6 +28,9 @@ void elements(uint32_t lane, bool transposed, int half, int& row, int& column) {
   column = transposed ? major : minor;
 }
 
+// An element is read or written by the lane that holds it in a register, whichever lane gave its row's address.
+Thread& lane_thread(uint32_t lane) { return running->block->threads[running->warp() * 32 + lane]; }
+
 void do_ldmatrix(void** arguments, uint32_t mask) {
   for_lanes(mask, [&](uint32_t lane) {
     const Tile& tile = tile_of(arguments, lane);
@@ -35,8 +39,10 @@ void do_ldmatrix(void** arguments, uint32_t mask) {
       for (int half = 0; half < 2; ++half) {
         int row, column;
         elements(lane, tile.transposed, half, row, column);
+        const uint8_t* const from = tile_of(arguments, uint32_t(8 * m + row)).row + 2 * column;
+        touch_shared_as(lane_thread(lane), {from, 2, Access::read, tile.site});
         uint16_t value;
-        std::memcpy(&value, tile_of(arguments, uint32_t(8 * m + row)).row + 2 * column, 2);
+        std::memcpy(&value, from, 2);
         packed |= uint32_t(value) << (16 * half);
       }
       tile.registers[m] = packed;
@@ -52,7 +58,9 @@ void do_stmatrix(void** arguments, uint32_t mask) {
         int row, column;
         elements(lane, tile.transposed, half, row, column);
         const uint16_t value = uint16_t(tile.registers[m] >> (16 * half));
-        std::memcpy(tile_of(arguments, uint32_t(8 * m + row)).row + 2 * column, &value, 2);
+        uint8_t* const to = tile_of(arguments, uint32_t(8 * m + row)).row + 2 * column;
+        touch_shared_as(lane_thread(lane), {to, 2, Access::write, tile.site});
+        std::memcpy(to, &value, 2);
       }
     }
   });
@@ -63,7 +71,7 @@ uint8_t* tile_row(uint32_t address, int matrices, Access kind, const char* what,
   running->site = site;
   if (running->lane() >= uint32_t(8 * matrices)) return nullptr;
   uint8_t* const row = shared_pointer(address, 16, 16, what);
-  touch({row, 16, kind, site});
+  if (auditing) audit(site, Space::shared, kind, shared_offset(address), 16);
   return row;
 }
 
@@ -142,7 +150,7 @@ constexpr uint32_t kAllLanes = 0xffffffffu;
 void ldmatrix(uint32_t* r, int matrices, uint32_t row, bool transposed) {
   static const char* const names[] = {"", "ldmatrix.x1", "ldmatrix.x2", "", "ldmatrix.x4"};
   const void* const site = MOE_SIMT_SITE;
-  Tile tile{r, tile_row(row, matrices, Access::read, names[matrices], site), matrices, transposed};
+  Tile tile{r, tile_row(row, matrices, Access::read, names[matrices], site), matrices, transposed, site};
   meet(names[matrices], kAllLanes, &tile, do_ldmatrix, site);
 }
 
@@ -150,7 +158,7 @@ void stmatrix(uint32_t row, const uint32_t* r, int matrices, bool transposed) {
   static const char* const names[] = {"", "stmatrix.x1", "stmatrix.x2", "", "stmatrix.x4"};
   const void* const site = MOE_SIMT_SITE;
   Tile tile{const_cast<uint32_t*>(r), tile_row(row, matrices, Access::write, names[matrices], site), matrices,
-            transposed};
+            transposed, site};
   meet(names[matrices], kAllLanes, &tile, do_stmatrix, site);
 }
 

@@ -102,18 +102,19 @@ MOE_CASE(collectives) {
 MOE_KERNEL named_barriers(const int* values, int* out, int rounds) {
   MOE_SHARED(int, slot);
   const int lane = int(threadIdx.x) % kWarp;
-  constexpr int kFull = 1, kEmpty = 2, kBoth = 2 * kWarp;
+  constexpr int kFull = 1, kEmpty = 2;
+  const int both = 2 * kWarp;
   if (threadIdx.x < kWarp) {
     for (int round = 0; round < rounds; ++round) {
-      if (round > 0) bar_sync(kEmpty, kBoth);
+      if (round > 0) bar_sync(kEmpty, both);
       slot[lane] = values[round * kWarp + lane];
-      bar_arrive(kFull, kBoth);
+      bar_arrive(kFull, both);
     }
   } else {
     for (int round = 0; round < rounds; ++round) {
-      bar_sync(kFull, kBoth);
+      bar_sync(kFull, both);
       out[round * kWarp + lane] = slot[kWarp - 1 - lane] + 1;
-      if (round + 1 < rounds) bar_arrive(kEmpty, kBoth);
+      if (round + 1 < rounds) bar_arrive(kEmpty, both);
     }
   }
 }
@@ -200,14 +201,14 @@ MOE_CASE(last_block) {
 
 // ---------------------------------------------------------------- all blocks wait for each other: cooperative only
 MOE_KERNEL grid_barrier(int* cells, uint32_t* arrived, int* out) {
-  if (threadIdx.x == 0) cells[blockIdx.x] = int(blockIdx.x) * 3;
+  if (threadIdx.x == 5) cells[blockIdx.x] = int(blockIdx.x) * 3;
   __syncthreads();
   if (threadIdx.x == 0) {
     atom_add_acq_rel_gpu(arrived, 1u);
     while (ld_acquire_gpu(arrived) < gridDim.x) __nanosleep(20);
   }
   __syncthreads();
-  if (threadIdx.x == 0) out[blockIdx.x] = cells[(blockIdx.x + 1) % gridDim.x];
+  if (threadIdx.x == 9) out[blockIdx.x] = cells[(blockIdx.x + 1) % gridDim.x];
 }
 
 MOE_CASE(grid_barrier) {
@@ -268,5 +269,3 @@ MOE_CASE(vote_block) {
 }
 
 }  // namespace moe::cuda
-
-int main(int count, char** names) { return moe::test::run_cases(count, names) != 0; }
