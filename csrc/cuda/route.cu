@@ -20,7 +20,7 @@ template <class Args> LaunchShape shape_of(const Args& args, const RouteTile& ti
 cudaError_t route(const RouteArgs& args, cudaStream_t stream) {
   const cudaError_t zeroed = cudaMemsetAsync(args.tokens_per_expert, 0, size_t(args.E) * 4, stream);
   if (zeroed != cudaSuccess) return zeroed;
-  const RouteTile tile = route_tile(args.E, args.G, args.K, dtype_bytes(args.dtype), false);
+  const RouteTile tile = route_tile(args.T, args.E, args.G, args.K, dtype_bytes(args.dtype), false);
   cudaError_t result = cudaSuccess;
   visit_dtype(args.dtype, [&](auto tag) {
     result = launch(shape_of(args, tile), stream, route_kernel<decltype(tag)>, args, tile);
@@ -29,7 +29,7 @@ cudaError_t route(const RouteArgs& args, cudaStream_t stream) {
 }
 
 cudaError_t route_backward(const RouteBackwardArgs& args, cudaStream_t stream) {
-  const RouteTile tile = route_tile(args.E, 1, args.K, dtype_bytes(args.dtype), true);
+  const RouteTile tile = route_tile(args.T, args.E, 1, args.K, dtype_bytes(args.dtype), true);
   cudaError_t result = cudaSuccess;
   visit_dtype(args.dtype, [&](auto tag) {
     result = launch(shape_of(args, tile), stream, route_backward_kernel<decltype(tag)>, args, tile);

@@ -185,7 +185,7 @@ MOE_DEVICE T* tile_in(const void* logits, int64_t stride, int64_t first, int tok
   return to;
 }
 
-template <class T> MOE_KERNEL __launch_bounds__(256) route_kernel(RouteArgs args, RouteTile tile) {
+template <class T> MOE_KERNEL __launch_bounds__(256, 4) route_kernel(RouteArgs args, RouteTile tile) {
   using A = acc_t<T>;
   MOE_SHARED(unsigned char, shared);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
@@ -278,7 +278,7 @@ MOE_DEVICE void route_token_backward(const RouteBackwardArgs& args, T* row, cons
     if (weights[k] != 0) row[ids[k]] = narrow<T>(pulls[k]);
 }
 
-template <class T> MOE_KERNEL __launch_bounds__(256) route_backward_kernel(RouteBackwardArgs args, RouteTile tile) {
+template <class T> MOE_KERNEL __launch_bounds__(256, 4) route_backward_kernel(RouteBackwardArgs args, RouteTile tile) {
   using A = acc_t<T>;
   MOE_SHARED(unsigned char, shared);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;

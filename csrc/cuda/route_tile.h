@@ -12,14 +12,17 @@ struct RouteTile {
   uint32_t keys, weights, ids, lse, counts, pulls, bytes;
 };
 
-/// The largest tile whose shared memory leaves room for several blocks; fewer warps where a row is very long.
-inline RouteTile route_tile(int64_t E, int64_t G, int64_t K, int64_t element, bool backward) {
-  constexpr int64_t kEnough = 64 * 1024, kStretch = 4096;  // bytes of a block; bytes of logits worth a barrier
+/// Up to four tokens a warp, so that what a block does once is spread over many; fewer where tokens are few or a row is
+/// long, and fewer warps where it is very long, so that several blocks fit a processor.
+inline RouteTile route_tile(int64_t T, int64_t E, int64_t G, int64_t K, int64_t element, bool backward) {
+  constexpr int64_t kEnough = 64 * 1024, kStretch = 16 * 1024;  // bytes of a block, and of its logits
+  constexpr int64_t kFewBlocks = 64;
   const int64_t acc = element == 8 ? 8 : 4;
   RouteTile tile{};
   for (tile.warps = 8;; tile.warps /= 2) {
-    int64_t rounds = kStretch / (E * element * tile.warps);
-    rounds = rounds < 1 ? 1 : rounds > 4 ? 4 : rounds;
+    int64_t rounds = 4;
+    while (rounds > 1 && (rounds * tile.warps * E * element > kStretch || rounds * tile.warps * kFewBlocks > T))
+      rounds /= 2;
     tile.tokens = int32_t(rounds * tile.warps);
     int64_t end = 0;
     const auto take = [&](int64_t bytes) {

@@ -2,6 +2,9 @@
 // Launchers of unpermute and its backward.
 #include "unpermute.cuh"
 
+#include <initializer_list>
+#include <type_traits>
+
 #include "launch.h"
 #include "launchers.h"
 
