@@ -11,6 +11,10 @@ using moe::simt::Access;
 using moe::simt::running;
 using moe::simt::touch;
 
+namespace moe::simt {
+bool hooked = false;
+}
+
 namespace {
 
 // The emulator's own accesses must not come here. They would if an inline function of the standard library that both
@@ -73,7 +77,7 @@ MOE_HOOK(__tsan_func_entry, (void)p)
 MOE_HOOK(__tsan_vptr_read, (void)p)
 __attribute__((visibility("hidden"))) void __tsan_vptr_update(void**, void*) {}
 __attribute__((visibility("hidden"))) void __tsan_func_exit() {}
-__attribute__((visibility("hidden"))) void __tsan_init() {}
+__attribute__((visibility("hidden"))) void __tsan_init() { moe::simt::hooked = true; }
 // The guard of a function's static variable, in host code of the same file.
 __attribute__((visibility("hidden"))) char __tsan_atomic8_load(const volatile char* p, int) {
   return __atomic_load_n(p, __ATOMIC_ACQUIRE);

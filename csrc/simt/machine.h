@@ -195,6 +195,9 @@ struct Touch {
 };
 /// Bounds, alignment, race and audit of one access by the running thread.
 void touch(const Touch& access);
+/// Whether the kernels were compiled with the calls of hooks.cpp. Without them plain stores go unseen, so there is
+/// nothing to say of races or of memory that nobody wrote: bounds, deadlocks and misuse remain.
+extern bool hooked;
 /// Race check of shared memory on behalf of a lane that takes part in a tile instruction.
 void touch_shared_as(Thread& thread, const Touch& access);
 /// Host pointer of a shared-window address; a fault if [address, address + bytes) is not in this block's memory.

@@ -153,6 +153,7 @@ void touch_shared(Thread& thread, const Touch& access, uint32_t offset) {
   for_cells(offset, access.bytes, [&](uintptr_t at, uint8_t mask) {
     Cell& cell = block.cells[at / 4];
     check_in_flight(cell, access);
+    if (!hooked) return;
     if (!access.overwrites() && (mask & ~cell.written) != 0) {
       fault("uninitialised", format("%s of shared +0x%x, which nobody has written", verb(access.kind), offset),
             access.site);
@@ -180,7 +181,7 @@ bool check_bounds(const Touch& access, uintptr_t address) {
     if (access.overwrites()) std::fill(begin, end, false);
     if (std::find(begin, end, true) == end) written = true;
   }
-  if (inside && !access.overwrites() && !written) {
+  if (hooked && inside && !access.overwrites() && !written) {
     fault("uninitialised",
           format("%s of %u bytes at %s, which nobody has written", verb(access.kind), access.bytes,
                  name_of_address(address).c_str()),
@@ -201,6 +202,8 @@ bool check_bounds(const Touch& access, uintptr_t address) {
 
 void touch_global(const Touch& access, uintptr_t address) {
   if (check_bounds(access, address)) return;
+  if (auditing) audit(access.site, Space::global, access.kind, address, access.bytes);
+  if (!hooked) return;
   Thread& thread = *running;
   const RunningObserver observer(thread);
   for_cells(address, access.bytes, [&](uintptr_t at, uint8_t mask) {
@@ -216,7 +219,6 @@ void touch_global(const Touch& access, uintptr_t address) {
     Record earlier;
     if (!cell.access(now, observer, earlier)) report_race(now, earlier, access.bytes, address);
   });
-  if (auditing) audit(access.site, Space::global, access.kind, address, access.bytes);
 }
 
 }  // namespace
@@ -249,6 +251,7 @@ void touch_shared_as(Thread& thread, const Touch& access) {
 }
 
 void recheck_global_read(const Thread& thread, const void* p, uint32_t bytes, const void* site) {
+  if (!hooked) return;
   const RunningObserver observer(thread);
   const auto address = reinterpret_cast<uintptr_t>(p);
   for_cells(address, bytes, [&](uintptr_t at, uint8_t mask) {

@@ -3,6 +3,7 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <cstdarg>
 #include <cstdio>
 #include <map>
@@ -55,7 +56,7 @@ std::vector<std::string> levels(const void* site) {
 }
 
 std::string short_path(const std::string& line) {
-  const size_t at = line.rfind("csrc/");
+  const size_t at = std::min(line.rfind("csrc/"), line.rfind("tests/"));
   return at == std::string::npos ? line : line.substr(at);
 }
 

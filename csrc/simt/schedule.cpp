@@ -189,6 +189,10 @@ void land_due_events(bool all_wait) {
 // ---------------------------------------------------------------- nobody can run
 
 std::string waiting_for(const Thread& thread) {
+  if (thread.state == State::polling) {
+    return format("a loop that reads %s and keeps finding %llu", name_of_address(thread.polled_address).c_str(),
+                  static_cast<unsigned long long>(thread.polled_value));
+  }
   const std::string in = thread.waits_in;
   if (in == "bar.sync" || in == "__syncthreads") {
     const BlockBarrier& barrier = thread.block->barriers.at(int(thread.waits_on));
@@ -199,10 +203,6 @@ std::string waiting_for(const Thread& thread) {
     const MBarrier& barrier = thread.block->mbarriers.at(uint32_t(thread.waits_on));
     return format("mbarrier.try_wait on shared +0x%x, phase %u, %u arrivals and %lld bytes to come",
                   uint32_t(thread.waits_on), barrier.phase, barrier.pending, static_cast<long long>(barrier.bytes));
-  }
-  if (thread.state == State::polling) {
-    return format("a loop that reads %s and keeps finding %llu", name_of_address(thread.polled_address).c_str(),
-                  static_cast<unsigned long long>(thread.polled_value));
   }
   return format("%s, mask 0x%08x", in.c_str(), uint32_t(thread.waits_on));
 }

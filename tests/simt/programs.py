@@ -18,7 +18,7 @@ HOST = f"{build_simt.COMMON} -O1 -g1"
 SEEDS = range(9)  # every schedule with every landing of copies: see options_from_environment
 
 
-def build(name: str, sources: Sequence[Path], *, flags: str = "", link_flags: str = "") -> Path:
+def build(name: str, sources: Sequence[Path], *, flags: str = "", link_flags: str = "", hooks: bool = True) -> Path:
     """Links `sources` (.cu through the race detector's hooks, .cpp plainly) with the emulator into a program.
 
     The emulator itself is compiled once for all programs of the same flags. Errors: RuntimeError with the compiler's
@@ -27,7 +27,8 @@ def build(name: str, sources: Sequence[Path], *, flags: str = "", link_flags: st
     out = ROOT / "build/simt_tests"
     out.mkdir(parents=True, exist_ok=True)
     cxx = os.environ.get("CXX", "c++")
-    text = build_simt.RULE.format(name="cu", command=f"{cxx} {build_simt.KERNEL} {flags}")
+    kernel = build_simt.KERNEL if hooks else f"{HOST} -x c++"
+    text = build_simt.RULE.format(name="cu", command=f"{cxx} {kernel} {flags}")
     text += build_simt.RULE.format(name="cpp", command=f"{cxx} {HOST} {flags}")
     variant = format(zlib.crc32(flags.encode()), "08x")
     objects = []
