@@ -3,6 +3,9 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCHES ?=
+BACKEND ?=
+# The disassembler writes what the audit reads, so its version is pinned.
+SASS_TOOLS := nvidia-cuda-cuobjdump==13.5.37 nvidia-cuda-nvdisasm==13.5.37 ninja
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -59,12 +62,24 @@ compat: $(VENV)/torch.stamp
 	  (cd tests && MOE_KERNELS_STRICT=1 ../$$venv/bin/python -m pytest $(ARGS)); \
 	done
 
+# The three words about CUDA: compile strictly, read the machine code, run on a GPU. Where there is nothing to do that
+# with, they say so and end with status 77, which make reports: a skip is never a pass.
+cuda: $(VENV)/cuda.stamp
+	@$(BIN)/python build_support/cubins.py
+
+audit: $(VENV)/cuda.stamp
+	@$(BIN)/python build_support/sass_audit.py $(ARGS)
+	@cd bench && ../$(BIN)/python cuda_model.py
+
+gpu: $(VENV)/test.stamp
+	@BACKEND=$(BACKEND) $(BIN)/python build_support/gpu.py
+
 clean:
 	rm -rf build dist *.egg-info demo_out .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	rm -f moe_kernels/*.so moe_kernels/_build_info.py $(VENV)/*.stamp
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
-cuda simt mutants audit gpu soak fuzz:
+simt mutants soak fuzz:
 	@echo "make $@ is not built yet"; exit 2
 
 $(VENV)/torch.stamp:
@@ -83,6 +98,10 @@ $(VENV)/test.stamp: $(VENV)/torch.stamp $(SOURCES)
 	@rm -rf build/lib* build/bdist*
 	$(PIP) ".[test]"
 	@touch $@ $(VENV)/demo.stamp
+
+$(VENV)/cuda.stamp: $(VENV)/torch.stamp Makefile
+	$(PIP) $(SASS_TOOLS)
+	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/torch.stamp pyproject.toml
 	@rm -rf build/lib* build/bdist*

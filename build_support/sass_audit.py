@@ -44,6 +44,7 @@ LIMITS = {"80": Limits(65536, 64, 32, 164 * 1024), "90a": Limits(65536, 64, 32, 
 # The shared memory and the threads of a block at the shapes named, asked of the headers that the launchers use.
 LAYOUT = """
 #include <cstdio>
+#include <initializer_list>
 #include "cuda/permute_tile.h"
 #include "cuda/route_tile.h"
 using namespace moe::cuda;
@@ -83,7 +84,7 @@ def tool(name: str) -> str:
     for folder in found.submodule_search_locations or [] if found else []:
         for path in Path(folder).glob(f"*/bin/{name}"):
             return str(path)
-    raise RuntimeError(f"audit: no {name}: pip install nvidia-cuda-{name.lower()} (the `audit` extra)")
+    raise RuntimeError(f"audit: no {name}: pip install nvidia-cuda-{name} (Makefile has the version)")
 
 
 def run(*command: str) -> str:
