@@ -24,6 +24,10 @@ MOE_DEVICE float value_of(uint32_t key) { return __uint_as_float(key >> 31 ? key
 MOE_DEVICE double value_of(uint64_t key) {
   return __longlong_as_double((long long)(key >> 63 ? key & ~(uint64_t(1) << 63) : ~key));
 }
+MOE_DEVICE uint32_t raw_of(float v) { return __float_as_uint(v); }
+MOE_DEVICE uint64_t raw_of(double v) { return uint64_t(__double_as_longlong(v)); }
+MOE_DEVICE float number_of(uint32_t raw) { return __uint_as_float(raw); }
+MOE_DEVICE double number_of(uint64_t raw) { return __longlong_as_double((long long)raw); }
 template <class A> using key_t = decltype(key_of(A(0)));
 template <class A> MOE_DEVICE key_t<A> out_of_reach() { return key_of(A(-INFINITY)); }
 
@@ -47,14 +51,15 @@ template <class T> MOE_DEVICE acc_t<T> row_top(const T* row, int E, double softc
   }
   return warp_max(top);
 }
-template <class T> MOE_DEVICE acc_t<T> row_sum(const T* row, int E, double softcap, acc_t<T> top, int lane) {
-  if constexpr (sizeof(T) == 8) {
+/// The sum of exp_at(e) over a row, each in [0, 1].
+template <class A, class F> MOE_DEVICE A sum_of_exps(int E, int lane, F&& exp_at) {
+  if constexpr (sizeof(A) == 8) {
     double sum = 0;
-    for (int e = lane; e < E; e += kWarp) sum += exp_of(clean_logit(row[e], softcap) - top);
+    for (int e = lane; e < E; e += kWarp) sum += exp_at(e);
     return warp_sum(sum);
   } else {
     long long sum = 0;  // in integers: the same bits whoever adds them up
-    for (int e = lane; e < E; e += kWarp) sum += exact_part(exp_of(clean_logit(row[e], softcap) - top));
+    for (int e = lane; e < E; e += kWarp) sum += exact_part(exp_at(e));
     return exact_sum(warp_sum(sum));
   }
 }
@@ -138,7 +143,13 @@ MOE_DEVICE void route_token(const RouteArgs& args, bool masked, const T* row, ke
   using A = acc_t<T>;
   const int E = int(args.E), K = int(args.K);
   const double softcap = args.rule.logit_softcap;
-  const A top = row_top(row, E, softcap, lane);
+  A top = -INFINITY;
+  for (int e = lane; e < E; e += kWarp) {  // a lane's places in `keys` hold its logits, then exps, then keys
+    const A l = clean_logit(row[e], softcap);
+    keys[e] = raw_of(l);
+    top = top < l ? l : top;
+  }
+  top = warp_max(top);
   if (masked || !(top > A(-INFINITY))) {
     for (int k = lane; k < K; k += kWarp) {
       out.weights[k] = 0, out.ids[k] = masked ? -1 : k;
@@ -148,12 +159,18 @@ MOE_DEVICE void route_token(const RouteArgs& args, bool masked, const T* row, ke
     return;
   }
   RowSums<A> sums{top, 1};
-  if (args.rule.scoring == Scoring::softmax) sums.sum = row_sum(row, E, softcap, top, lane);
+  const bool softmax = args.rule.scoring == Scoring::softmax;
+  if (softmax)
+    sums.sum = sum_of_exps<A>(E, lane, [&](int e) {
+      const A l = number_of(keys[e]), exp = exp_of(l - top);
+      keys[e] = raw_of(l > A(-INFINITY) ? exp : A(-INFINITY));
+      return exp;
+    });
   const A* bias = static_cast<const A*>(args.correction_bias);
   for (int e = lane; e < E; e += kWarp) {
-    const A l = clean_logit(row[e], softcap);
-    const A choice = score_of(args.rule.scoring, l, sums) + (bias ? bias[e] : A(0));
-    keys[e] = l > A(-INFINITY) && choice == choice ? key_of(choice) : out_of_reach<A>();
+    const A v = number_of(keys[e]);
+    const A choice = (softmax ? v / sums.sum : score_of(args.rule.scoring, v, sums)) + (bias ? bias[e] : A(0));
+    keys[e] = v > A(-INFINITY) && choice == choice ? key_of(choice) : out_of_reach<A>();
   }
   if (args.G > 1) mask_groups<A>(args, keys, keys + E, lane);
   Best<key_t<A>> mine = lane_best(keys, E, lane);
@@ -171,7 +188,7 @@ MOE_DEVICE void route_token(const RouteArgs& args, bool masked, const T* row, ke
   sum = warp_sum(sum) + A(args.rule.renormalize_eps);
   const A divisor = args.rule.renormalize && sum > 0 ? sum : A(1);  // divide first: K = 1 weighs exactly 1
   for (int k = lane; k < K; k += kWarp) out.weights[k] = out.weights[k] / divisor * A(args.rule.scale);
-  if (lane == 0) *out.lse = args.rule.scoring == Scoring::softmax ? top + log(sums.sum) : A(0);
+  if (lane == 0) *out.lse = softmax ? top + log(sums.sum) : A(0);
 }
 
 /// The logits of a tile into shared memory; token i of it stands at i * E.
@@ -240,7 +257,8 @@ MOE_DEVICE void route_token_backward(const RouteBackwardArgs& args, T* row, cons
   const A top = row_top(row, E, softcap, lane);
   const bool live = ids[0] >= 0 && ids[0] < E && top > A(-INFINITY), softmax = rule.scoring == Scoring::softmax;
   RowSums<A> sums{top, 1};
-  if (live && softmax) sums.sum = row_sum(row, E, softcap, top, lane);
+  if (live && softmax)
+    sums.sum = sum_of_exps<A>(E, lane, [&](int e) { return exp_of(clean_logit(row[e], softcap) - top); });
   A sum = 0, dot = 0, mean = 0;
   for (int k = lane; k < K && live; k += kWarp) {
     if (ids[k] < 0 || ids[k] >= E) weights[k] = 0;
