@@ -79,7 +79,16 @@ clean:
 	rm -f moe_kernels/*.so moe_kernels/_build_info.py $(VENV)/*.stamp
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
-simt mutants soak fuzz:
+# The CUDA kernels and the emulator itself, executed on this processor under the race detector; then the proof that the
+# emulator would have noticed: faults planted in every kernel. ARGS="--third 1 -v", ARGS=route ...
+simt: $(VENV)/test.stamp
+	cd tests && MOE_KERNELS_STRICT=1 ../$(BIN)/python -m pytest -k "simt or cuda_kernels" $(ARGS) \
+	  test_simt.py test_simt_hw.py test_cuda_kernels.py test_route.py test_permute.py test_unpermute.py
+
+mutants: $(VENV)/test.stamp
+	$(BIN)/python tests/mutants/run.py $(ARGS)
+
+soak fuzz:
 	@echo "make $@ is not built yet"; exit 2
 
 $(VENV)/torch.stamp:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,6 +21,12 @@ COMMON = "-std=c++17 -fPIC -fvisibility=hidden -DMOE_SIMT -Wall -Wno-unknown-pra
 KERNEL = f"{COMMON} -O1 -g -ffp-contract=off -fsanitize=thread --param tsan-distinguish-volatile=1 "
 KERNEL += "--param tsan-instrument-func-entry-exit=0 -x c++"
 RULE = "rule {name}\n  command = {command} -MD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc\n"
+
+
+def ninja() -> str:
+    """The ninja of this Python's environment, or of PATH."""
+    beside = Path(sys.executable).with_name("ninja")
+    return str(beside) if beside.exists() else "ninja"
 
 
 def kernel_sources() -> list[str]:
@@ -53,7 +60,7 @@ def build() -> Path:
     BUILD.mkdir(parents=True, exist_ok=True)
     (BUILD / "build.ninja").write_text(text)
     jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-    done = subprocess.run(["ninja", "-C", str(BUILD), *jobs], capture_output=True, text=True, check=False)
+    done = subprocess.run([ninja(), "-C", str(BUILD), *jobs], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"the emulator's library was not built:\n{done.stdout[-4000:]}{done.stderr}")
     return BUILD / "_simt.so"

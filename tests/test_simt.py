@@ -3,7 +3,6 @@
 
 import json
 import re
-import shutil
 import sys
 from pathlib import Path
 
@@ -13,8 +12,8 @@ SIMT = Path(__file__).with_name("simt")
 sys.path.insert(0, str(SIMT))
 import programs  # noqa: E402
 
-if not (SIMT.parents[1] / "csrc/simt").is_dir() or not shutil.which("ninja") or not shutil.which("c++"):
-    pytest.skip("needs a source tree, ninja and a C++ compiler", allow_module_level=True)
+if reason := programs.missing():
+    pytest.skip(reason, allow_module_level=True)
 
 MAIN = SIMT / "main.cpp"
 

@@ -3,9 +3,10 @@
 
 namespace moe::faults {
 
-static int planted = -1;
+static int chosen = -1;
 
-int on(int number) { return number == planted; }
-void plant(int number) { planted = number; }
+int on(int number) { return number == chosen; }
+void plant(int number) { chosen = number; }
+int planted() { return chosen; }
 
 }  // namespace moe::faults

@@ -9,6 +9,7 @@ namespace moe::faults {
 /// 1 for the fault that is planted in this run, else 0.
 int on(int number);
 void plant(int number);  // -1: none
+int planted();
 
 // What forgets that it must be atomic.
 template <class T, class V> MOE_DEVICE T plain_add(T* p, V v) {

@@ -57,10 +57,11 @@ class Fault:
     line: int
     what: str  # "delete __syncthreads"
     text: str  # the line of source, stripped
+    turn: int = 1  # counts those of the file that read the same
 
     @property
     def key(self) -> str:
-        return f"{self.file} | {self.what} | {self.text}"
+        return f"{self.file} | {self.what} | {self.text}" + (f" #{self.turn}" if self.turn > 1 else "")
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line} {self.what}: {self.text}"
@@ -105,7 +106,8 @@ class Planter:
     def fault(self, at: int, what: str) -> str:
         line = self.text.count("\n", 0, at) + 1
         source = self.text.splitlines()[line - 1].strip()
-        self.faults.append(Fault(self.next, self.file, line, what, source))
+        turn = 1 + sum((fault.what, fault.text) == (what, source) for fault in self.faults)
+        self.faults.append(Fault(self.next, self.file, line, what, source, turn))
         self.next += 1
         return f"::moe::faults::on({self.next - 1})"
 

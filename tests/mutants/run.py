@@ -32,10 +32,19 @@ SUBJECTS: dict[str, tuple[list[str], list[str]]] = {
     "rules_async": (["tests/simt/rules_async.cu"], ["tests/simt/rules_async.cu"]),
     "route": (
         ["csrc/cuda/route.cuh", "csrc/cuda/block_copy.cuh", "csrc/cuda/warp.cuh"],
-        ["csrc/cuda/route.cu", "tests/mutants/route_cases.cu"],
+        ["csrc/cuda/route.cu", "tests/mutants/route_cases.cpp"],
     ),
-    "permute": (["csrc/cuda/permute.cuh"], ["csrc/cuda/permute.cu", "tests/mutants/permute_cases.cu"]),
-    "unpermute": (["csrc/cuda/unpermute.cuh"], ["csrc/cuda/unpermute.cu", "tests/mutants/unpermute_cases.cu"]),
+    "permute": (["csrc/cuda/permute.cuh"], ["csrc/cuda/permute.cu", "tests/mutants/permute_cases.cpp"]),
+    "unpermute": (["csrc/cuda/unpermute.cuh"], ["csrc/cuda/unpermute.cu", "tests/mutants/unpermute_cases.cpp"]),
+}
+# Constants made small in the copy, so that tiny shapes take every path: several tiles, several turns of a block.
+SMALLER: dict[str, tuple[str, str]] = {
+    "csrc/cuda/route.cu": ("kMostBlocks = 132 * 8", "kMostBlocks = 2"),
+    "csrc/cuda/permute.cu": ("blocks < 1056 ? blocks : 1056", "blocks < 1 ? blocks : 1"),
+    "csrc/cuda/permute_tile.h": (
+        "kTileSlots = 2048;       // of a block, where there are several\nconstexpr int64_t kOneBlockSlots = 16384",
+        "kTileSlots = 288;\nconstexpr int64_t kOneBlockSlots = 200",
+    ),
 }
 TIMEOUT = 120.0
 
@@ -66,18 +75,26 @@ def planted(subject: str) -> tuple[Path, list[generate.Fault]]:
         faults += new
         depth = "../" * file.count("/")
         text = f'#include "{depth}tests/mutants/faults.h"\n#line 1 "{file}"\n{text}'
-        target = tree / file
-        if target.read_text() != text:
-            target.write_text(text)
+        write_if_changed(tree / file, text)
+    for file, (old, new) in SMALLER.items():
+        text = (ROOT / file).read_text()
+        if old not in text:
+            raise SystemExit(f"{file} no longer says: {old}")
+        write_if_changed(tree / file, text.replace(old, new))
     extra = ["tests/mutants/main.cpp", "tests/mutants/faults.cpp"]
     program = programs.build(f"mutants_{subject}", [tree / source for source in [*sources, *extra]])
     return program, faults
 
 
+def write_if_changed(path: Path, text: str) -> None:
+    if path.read_text() != text:
+        path.write_text(text)
+
+
 def copy_if_changed(source: str, target: str) -> str:
     """The planted files differ from their sources on purpose; they are written again by the caller, if changed."""
     to = Path(target)
-    mutated = {file for files, _ in SUBJECTS.values() for file in files}
+    mutated = {*SMALLER, *(file for files, _ in SUBJECTS.values() for file in files)}
     if to.exists() and (to.read_bytes() == Path(source).read_bytes() or str(target).endswith(tuple(mutated))):
         return target
     return str(shutil.copyfile(source, target))

@@ -8,4 +8,24 @@ HARMLESS: dict[str, str] = {
     "tests/simt/rules_async.cu | delete fence_mbarrier_init | fence_mbarrier_init();": (
         "It publishes the init to the other blocks of a cluster; inside a block the __syncthreads that follows does."
     ),
+    "csrc/cuda/permute.cuh | off by one < | for (int64_t base = first; base < end; base += kWarp) {": (
+        "At base == end no lane has a slot below end: every id is -1, every f does nothing. A wasted turn."
+    ),
+    "csrc/cuda/permute.cuh | off by one < | for (int base = 0; base < E; base += blockDim.x) {": (
+        "At base == E no thread has an e below E: every count is 0, nothing is stored, the carry stays. A wasted turn."
+    ),
+    "csrc/cuda/permute.cuh | delete __syncwarp | __syncwarp(); #2": (
+        "In scan_experts each lane of warp 0 reads and writes its own number of scratch."
+    ),
+    "csrc/cuda/permute.cuh | off by one < | "
+    "for (int64_t base = int64_t(blockIdx.y) * kWarp * kRowVectors; base < vectors;": (
+        "At base == vectors every lane's `at < vectors` is false, for the load and for the store. A wasted turn."
+    ),
+    "csrc/cuda/unpermute.cuh | off by one < | for (int64_t base = int64_t(blockIdx.y) * kWarp * N; base < args.H; "
+    "base += int64_t(gridDim.y) * kWarp * N) {": (
+        "At base == H no lane is inside: nothing is loaded or stored. A wasted turn."
+    ),
+    "csrc/cuda/unpermute.cuh | off by one < | for (int64_t k = 0; k < args.K; k += kRowsInFlight) {": (
+        "At k == K every `k + i < args.K` is false: r is -1, nothing is there to add. A wasted turn."
+    ),
 }

@@ -3,6 +3,7 @@
 // against the CUDA runtime's names, so the same program is built by nvcc for a GPU.
 #pragma once
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <string>
 #include <vector>
@@ -14,7 +15,9 @@ namespace moe::test {
 /// An array in device memory.
 template <class T> class Device {
  public:
-  explicit Device(size_t n) : n_(n) { ok_ = cudaMalloc(&p_, n * sizeof(T)) == cudaSuccess; }
+  explicit Device(size_t n) : n_(n) {
+    if (cudaMalloc(&p_, n * sizeof(T)) != cudaSuccess) std::abort();
+  }
   Device(const std::vector<T>& host) : Device(host.size()) {
     cudaMemcpy(p_, host.data(), n_ * sizeof(T), cudaMemcpyHostToDevice);
   }
@@ -31,7 +34,6 @@ template <class T> class Device {
  private:
   T* p_ = nullptr;
   size_t n_;
-  bool ok_;
 };
 
 struct Case {

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import zlib
@@ -11,11 +12,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "build_support"))
-import simt as build_simt  # noqa: E402  (build_support/simt.py: the flags of the product's own emulator build)
+if (ROOT / "build_support").is_dir():
+    sys.path.insert(0, str(ROOT / "build_support"))
+    import simt as build_simt  # build_support/simt.py: the flags of the product's own emulator build
 
-HOST = f"{build_simt.COMMON} -O1 -g1"
+    sys.path.pop(0)
+
 SEEDS = range(9)  # every schedule with every landing of copies: see options_from_environment
+
+
+def missing() -> str:
+    """Why the programs cannot be built here, or ""."""
+    if not (ROOT / "csrc/simt").is_dir():
+        return "the tests run outside a source tree: the emulator is built from csrc/simt"
+    compiler = os.environ.get("CXX", "c++").split()[-1]
+    return "" if shutil.which(compiler) else f"no C++ compiler: {compiler} is not on PATH"
 
 
 def build(name: str, sources: Sequence[Path], *, flags: str = "", link_flags: str = "", hooks: bool = True) -> Path:
@@ -27,9 +38,10 @@ def build(name: str, sources: Sequence[Path], *, flags: str = "", link_flags: st
     out = ROOT / "build/simt_tests"
     out.mkdir(parents=True, exist_ok=True)
     cxx = os.environ.get("CXX", "c++")
-    kernel = build_simt.KERNEL if hooks else f"{HOST} -x c++"
+    host = f"{build_simt.COMMON} -O1 -g1"
+    kernel = build_simt.KERNEL if hooks else f"{host} -x c++"
     text = build_simt.RULE.format(name="cu", command=f"{cxx} {kernel} {flags}")
-    text += build_simt.RULE.format(name="cpp", command=f"{cxx} {HOST} {flags}")
+    text += build_simt.RULE.format(name="cpp", command=f"{cxx} {host} {flags}")
     variant = format(zlib.crc32(flags.encode()), "08x")
     objects = []
     for source in [*sorted((ROOT / "csrc/simt").glob("*.cpp")), *sources]:  # the emulator first: see hooks.cpp
@@ -40,7 +52,7 @@ def build(name: str, sources: Sequence[Path], *, flags: str = "", link_flags: st
     text += f"build {name}: link {' '.join(objects)}\n"
     (out / f"{name}.ninja").write_text(text)
     jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-    command = ["ninja", "-C", str(out), "-f", f"{name}.ninja", *jobs]
+    command = [build_simt.ninja(), "-C", str(out), "-f", f"{name}.ninja", *jobs]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{name} was not built:\n{done.stdout[-6000:]}{done.stderr}")
