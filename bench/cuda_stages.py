@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CUDA stages by size: on a GPU their time and bandwidth, on the emulator (--simt) the bytes that they move.
 
-    python bench/cuda_stages.py           needs a GPU: median of 50 runs, CUDA events, L2 cleared before each
-    python bench/cuda_stages.py --simt    small sizes, address audit; no time is taken, it would say nothing
+python bench/cuda_stages.py           needs a GPU: median of 50 runs, CUDA events, L2 cleared before each
+python bench/cuda_stages.py --simt    small sizes, address audit; no time is taken, it would say nothing
 """
 
 from __future__ import annotations

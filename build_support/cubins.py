@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles every CUDA kernel for every architecture on its own, as strictly as nvcc can: warnings and spills are errors.
+"""Compiles every CUDA kernel for every architecture on its own, strictly: warnings and spills are errors.
 
     python build_support/cubins.py       build/cuda/<kernel>.sm_80.cubin, .sm_90a.cubin, .compute_80.ptx and, from that
                                          PTX, .sm_120.cubin: what a later GPU would make of it

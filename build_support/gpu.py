@@ -47,14 +47,18 @@ def on_gpu() -> list[Step]:
     """The steps on a real device."""
     found, sanitizer = nvcc.find(), shutil.which("compute-sanitizer")
     probe = BUILD / "probe"
-    build = [] if found is None else [found.path, "-std=c++17", "-O1", "-arch=native", "simt/probe.cu", "-o", str(probe)]
+    flags = ["-std=c++17", "-O1", "-arch=native", "simt/probe.cu", "-o", str(probe)]
+    build = [] if found is None else [found.path, *flags]
     missing = "no compute-sanitizer on PATH (it comes with the CUDA toolkit)"
+    some = pytest(*STAGES, "-k", f"cuda and ({SANITIZED})")
     checks = [
-        Step(f"tests under {tool}",
-             [sanitizer or "", "--tool", tool, "--error-exitcode", "1", *pytest(*STAGES, "-k", f"cuda and ({SANITIZED})")],
-             reason="" if sanitizer else missing)
+        Step(
+            f"tests under {tool}",
+            [sanitizer or "", "--tool", tool, "--error-exitcode", "1", *some],
+            reason="" if sanitizer else missing,
+        )
         for tool in ("memcheck", "racecheck", "synccheck", "initcheck")
-    ]  # fmt: skip
+    ]
     return [
         Step("device", ["nvidia-smi"]),
         Step("doctor", [sys.executable, "-m", "moe_kernels", "doctor"]),

@@ -4,8 +4,8 @@
     python build_support/sass_audit.py            prints the table; fails where a kernel is over its budget
     python build_support/sass_audit.py --write    takes what is there as the budget, and writes docs/cuda_audit.md
 
-Registers, spills and instructions come from the cubins of `make cuda` through cuobjdump and nvdisasm; shared memory from
-the launchers' own layout headers; occupancy follows from both and the limits of the processor. Exit status as cubins.py.
+Registers, spills and instructions come from the cubins of `make cuda` through cuobjdump and nvdisasm; shared memory
+from the launchers' own layout headers; occupancy from both and the limits of the processor. Exit status as cubins.py.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def complaints(arch: str, found: dict[str, Kernel], budget: dict[str, dict[str, 
     said = [f"sm_{arch} {name}: no budget (--write)" for name in found.keys() - budget.keys()]
     said += [f"sm_{arch} {name}: in budgets.json, but not compiled" for name in budget.keys() - found.keys()]
     for name, kernel in found.items():
-        if kernel.local_accesses or kernel.stack and "double" not in name:
+        if kernel.local_accesses or kernel.stack:
             said.append(f"sm_{arch} {name}: {kernel.local_accesses} local accesses, {kernel.stack} bytes of stack")
         for field, value in asdict(kernel).items():
             most = budget.get(name, {}).get(field)
@@ -181,9 +181,9 @@ def page(found: dict[str, dict[str, Kernel]], table: dict, version: str) -> str:
     lines = [
         "# What ptxas makes of the kernels",
         "",
-        f"Written by `make audit ARGS=--write` with nvcc {version}; `make audit` fails when a kernel gets worse. Read from",
-        "the machine code, nothing is measured: registers and occupancy say what a multiprocessor can hold, not how fast",
-        "it is. No kernel spills. Occupancy is of 64 warps, and where it depends on E it stands for E = 8 / 128 / 512.",
+        f"Written by `make audit ARGS=--write` with nvcc {version}; `make audit` fails when a kernel gets worse.",
+        "Read from the machine code, nothing is measured: registers and occupancy say what a multiprocessor can hold,",
+        "not how fast it is. No kernel spills. Occupancy is of 64 warps; where it depends on E: E = 8 / 128 / 512.",
         "",
         "| kernel | arch | registers | instructions | global | shared | collectives | occupancy |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | --- |",
@@ -192,10 +192,8 @@ def page(found: dict[str, dict[str, Kernel]], table: dict, version: str) -> str:
         for name, k in sorted(kernels.items()):
             share = occupancies(name, arch, k, table)
             shown = " / ".join(f"{share[E]:.0%}" for E in ((0,) if 0 in share else (8, 128, 512)))
-            lines.append(
-                f"| `{name}` | sm_{arch} | {k.registers} | {k.instructions} | {k.global_accesses} | {k.shared_accesses} |"
-                f" {k.collectives} | {shown} |"
-            )
+            counts = (k.registers, k.instructions, k.global_accesses, k.shared_accesses, k.collectives)
+            lines.append(f"| `{name}` | sm_{arch} | " + " | ".join(map(str, counts)) + f" | {shown} |")
     return "\n".join(lines) + "\n"
 
 

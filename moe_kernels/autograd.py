@@ -4,7 +4,7 @@
 Second derivatives exist for `grouped_gemm`, whose backward is made of itself; the other backward ops have none.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -123,7 +123,7 @@ def _fused_experts_backward(ops: Any, ctx: Any, grad_y: Tensor | None, _hidden: 
     return tuple(grads)
 
 
-_FORMULAS = {
+_FORMULAS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "route": (_route_backward, _route_setup),
     "permute": (_permute_backward, _permute_setup),
     "grouped_gemm": (_grouped_gemm_backward, _grouped_gemm_setup),

@@ -147,9 +147,8 @@ inline double sum_of_exps(const double* row, int64_t count) {
   return lane_sum<double>(sum);
 }
 template <class A> A exp_sum(A* row, A shift, int64_t count) {
-  for_vectors<A>(count, [&](int64_t i, int64_t lanes) {
-    store_part(row + i, exp_of(load_part(row + i, lanes) - shift), lanes);
-  });
+  for_vectors<A>(
+      count, [&](int64_t i, int64_t lanes) { store_part(row + i, exp_of(load_part(row + i, lanes) - shift), lanes); });
   return sum_of_exps(row, count);
 }
 template <class A> void sigmoid(A* row, int64_t count) {

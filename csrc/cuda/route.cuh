@@ -202,7 +202,8 @@ MOE_DEVICE T* tile_in(const void* logits, int64_t stride, int64_t first, int tok
   return to;
 }
 
-template <class T> MOE_KERNEL __launch_bounds__(256, 4) route_kernel(RouteArgs args, RouteTile tile) {
+template <class T> MOE_KERNEL __launch_bounds__(256, sizeof(T) == 8 ? 2 : 4)
+    route_kernel(RouteArgs args, RouteTile tile) {
   using A = acc_t<T>;
   MOE_SHARED(unsigned char, shared);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
