@@ -5,10 +5,11 @@ TORCH ?= torch==2.13.0
 TORCHES ?=
 BACKEND ?=
 # The disassembler writes what the audit reads, so its version is pinned.
-SASS_TOOLS := nvidia-cuda-cuobjdump==13.5.37 nvidia-cuda-nvdisasm==13.5.37 ninja
+SASS_TOOLS := nvidia-cuda-cuobjdump==13.5.37 nvidia-cuda-nvdisasm==13.5.37 nvidia-cuda-nvrtc==13.5.37 ninja
 
 VENV := .venv
 BIN := $(VENV)/bin
+export PATH := $(abspath $(BIN)):$(PATH)
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 SOURCES := setup.py pyproject.toml $(shell find csrc build_support moe_kernels -type f \
              -not -name '*.pyc' -not -name '*.so' -not -name _build_info.py)

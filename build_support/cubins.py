@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import nvcc
+import nvrtc
 import simt
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,11 +65,15 @@ def main() -> int:
     begin = time.monotonic()
     try:
         cubins = build(found)
+        said = "".join(nvrtc.compile_for(arch) for arch in (*ARCHS, LATER))
+        if said:
+            raise RuntimeError(said)
     except RuntimeError as error:
         print(error)
         return 1
     archs = ", ".join(f"sm_{arch}" for arch in ARCHS)
     print(f"cuda: {len(cubins)} cubins for {archs} and PTX for later ones, nvcc {found.version}, no warning, no spill")
+    print(f"cuda: {len(nvrtc.KERNELS)} kernels by NVRTC for each of them and sm_{LATER}")
     print(f"cuda: {time.monotonic() - begin:.0f} s, in {BUILD.relative_to(ROOT)}")
     return 0
 

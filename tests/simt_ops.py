@@ -62,8 +62,10 @@ def missing() -> str:
     """Why the emulator cannot be built here, or ""."""
     if not (ROOT / "csrc/simt").is_dir():
         return "the tests run outside a source tree: the emulator is built from csrc/simt"
-    compiler = os.environ.get("CXX", "c++").split()[-1]
-    return "" if shutil.which(compiler) else f"no C++ compiler: {compiler} is not on PATH"
+    for tool in (os.environ.get("CXX", "c++").split()[-1], "ninja"):
+        if not shutil.which(tool):
+            return f"the emulator is built from source, and {tool} is not on PATH"
+    return ""
 
 
 _FIRST_SEED = int(os.environ.get(SEED, "0"))
