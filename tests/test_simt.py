@@ -124,3 +124,18 @@ def test_address_audit_counts(audit, space, stride, width, offset, served, ideal
     assert len(reads) == 1
     assert (reads[0]["requests"], reads[0]["served"], reads[0]["ideal"]) == (1, served, ideal)
     assert re.search(r"audit.cu:\d+", reads[0]["site"])
+
+
+def test_assembly_stands_in_one_file_and_has_a_twin():
+    """Every asm statement is in ptx.cuh, beside what the emulator does instead; no kernel has static shared memory."""
+    cuda = SIMT.parents[1] / "csrc/cuda"
+    for file in [*cuda.glob("*.cuh"), *cuda.glob("*.cu"), *cuda.glob("*.h")]:
+        text = re.sub(r"//.*", "", file.read_text())
+        assert file.name == "ptx.cuh" or not re.search(r"\basm\b", text), file
+        assert file.name == "device.h" or "__shared__" not in text, file
+    ptx = (cuda / "ptx.cuh").read_text()
+    functions = re.findall(r"^(?:template <int N> )?MOE_DEVICE \w+ (\w+)\(.*?^}", ptx, re.M | re.S)
+    bodies = re.findall(r"^(?:template <int N> )?MOE_DEVICE \w+ \w+\(.*?^}|^MOE_DEVICE .*}$", ptx, re.M | re.S)
+    assert len(functions) > 40
+    untwinned = [body for body in bodies if "MOE_TWIN(" not in body]
+    assert len(untwinned) == 1 and "cvt_f32_bf16" in untwinned[0], untwinned

@@ -117,6 +117,8 @@ struct MBarrier {
   std::vector<Thread*> waiting;
 };
 
+// TMA and wgmma have agents of their own: they come behind the threads in ClockSum's vectors, their state in a file of
+// its own beside async.cpp, as clusters do beside barriers.cpp.
 struct Block {
   uint32_t serial = 0;  // unique over launches
   uint3 index{};

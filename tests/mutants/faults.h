@@ -2,6 +2,8 @@
 // The switch of a planted fault. The suite rewrites a kernel so that every site asks faults::on(its number); all faults
 // of a file are thus compiled once, and one is chosen while the program runs.
 #pragma once
+#include <string>
+
 #include "../../csrc/cuda/device.h"
 
 namespace moe::faults {
@@ -10,6 +12,10 @@ namespace moe::faults {
 int on(int number);
 void plant(int number);  // -1: none
 int planted();
+
+/// Names a comparison by its case and its turn in it.
+void begin_case(const char* name);
+std::string next_comparison();
 
 // What forgets that it must be atomic.
 template <class T, class V> MOE_DEVICE T plain_add(T* p, V v) {

@@ -22,6 +22,7 @@ Cost cost_of(const std::string& json) {
 
 std::string first_report() {
   for (const moe::test::Case& c : moe::test::cases()) {
+    moe::faults::begin_case(c.name);
     const std::string report = c.run();
     if (!report.empty()) return std::string(c.name) + ": " + report;
   }
