@@ -226,7 +226,7 @@ template <class T> MOE_KERNEL __launch_bounds__(256, sizeof(T) == 8 ? 2 : 4)
     copy_out(static_cast<A*>(args.topk_weights) + first * K, weights, tokens * K);
     copy_out(args.topk_ids + first * K, ids, tokens * K);
     if (args.lse) copy_out(static_cast<A*>(args.lse) + first, lse, tokens);
-    __syncthreads();  // the next tile overwrites what was just copied
+    // No barrier here: the next tile's rows go where nothing is read any more, its results wait for the barrier above.
   }
   for (int e = threadIdx.x; e < E; e += blockDim.x)
     if (counts[e] != 0) atomicAdd(&args.tokens_per_expert[e], counts[e]);
