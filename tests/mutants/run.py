@@ -46,7 +46,7 @@ SMALLER: dict[str, tuple[str, str]] = {
         "kTileSlots = 288;\nconstexpr int64_t kOneBlockSlots = 200",
     ),
 }
-TIMEOUT = 120.0
+TIMEOUT = 300.0
 
 
 @dataclass
