@@ -13,7 +13,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 SOURCES := setup.py pyproject.toml $(shell find csrc build_support moe_kernels -type f \
              -not -name '*.pyc' -not -name '*.so' -not -name _build_info.py)
-CPP := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 PYTHON_FILES := setup.py build_support moe_kernels tests $(wildcard bench)
 
 .DELETE_ON_ERROR:
