@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -53,7 +54,9 @@ def build(name: str, sources: Sequence[Path], *, flags: str = "", link_flags: st
     (out / f"{name}.ninja").write_text(text)
     jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
     command = [build_simt.ninja(), "-C", str(out), "-f", f"{name}.ninja", *jobs]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    with (out / "lock").open("w") as lock:  # programs share the emulator's objects
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{name} was not built:\n{done.stdout[-6000:]}{done.stderr}")
     return out / name
