@@ -10,6 +10,8 @@ using test::outcome;
 
 MOE_KERNEL race_shared(int* out) {
   MOE_SHARED(int, cells);
+  cells[threadIdx.x] = 0;
+  __syncthreads();
   cells[threadIdx.x] = int(threadIdx.x);       // race_shared earlier
   out[threadIdx.x] = cells[threadIdx.x ^ 32];  // race_shared here
 }
@@ -50,7 +52,7 @@ MOE_KERNEL divergent_barrier(int* out) {
   if (threadIdx.x < 32) {
     __syncthreads();
   } else {
-    out[0] = 1;
+    out[threadIdx.x] = 1;
     __syncthreads();
   }
 }
@@ -112,7 +114,7 @@ MOE_CASE(deadlock_flag) {
       launch({dim3(1), dim3(1)}, nullptr, deadlock_flag, static_cast<uint32_t*>(flag), static_cast<int*>(out)));
 }
 MOE_CASE(divergent_barrier) {
-  Device<int> out(1);
+  Device<int> out(64);
   return outcome(launch({dim3(1), dim3(64)}, nullptr, divergent_barrier, static_cast<int*>(out)));
 }
 MOE_CASE(in_flight) {
