@@ -82,20 +82,20 @@ class Build(BuildExtension):
     def add_cuda(self, ops):
         """Compiles the .cu files into `ops` if they are wanted; one line says what was decided, and why."""
         found, files = nvcc.find(), sources()["cuda"]
+        kernels = [path for path in files if path.endswith(".cu")]
         try:
             choice = cuda_choice.choose(os.environ, torch.__version__, torch.version.cuda, found and found.version)
             archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or cuda_choice.DEFAULT_ARCHS
             flags = [*nvcc.FLAGS, *(cuda_choice.gencode_flags(archs) if choice.build else [])]
         except ValueError as error:
             raise SystemExit(f"moe_kernels: {error}") from None
-        if not (choice.build and files):
-            reason = f"{choice.reason}, but there are no CUDA sources yet" if choice.build else choice.reason
-            print(f"moe_kernels: CPU kernels only: {reason}")
-            return {"cuda": None, "cuda_reason": reason, "arch_list": "", "nvcc_flags": []}
+        if not choice.build:
+            print(f"moe_kernels: CPU kernels only: {choice.reason}")
+            return {"cuda": None, "cuda_reason": choice.reason, "arch_list": "", "nvcc_flags": []}
         print(f"moe_kernels: CPU kernels, and CUDA kernels for {archs}: {choice.reason}")
         home = found.home()
-        ops.extra_objects += nvcc.compile_objects(found, files, flags, Path(self.build_temp, "cuda").resolve())
-        ops.define_macros.append(("MOE_CUDA", "1"))
+        ops.extra_objects += nvcc.compile_objects(found, kernels, flags, Path(self.build_temp, "cuda").resolve())
+        ops.sources += [path for path in files if path not in kernels]
         ops.include_dirs.append(str(home / "include"))
         ops.library_dirs += [str(home / "lib64"), str(home / "lib")]
         ops.libraries += ["cudart_static", "rt", "dl", "pthread"]

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-FLAGS = ("-O3", "-std=c++17", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden")
+FLAGS = ("-O3", "-std=c++17", "--threads=0", "-Werror=all-warnings", "-Xcompiler=-fPIC,-fvisibility=hidden")
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 // Element types of tensors, their accumulation type, and the one visitor that turns a run-time dtype into a C++ type.
 #pragma once
+#if defined(__CUDACC_RTC__)
+#include "cuda/device.h"
+#else
 #include <cstdint>
 #include <cstring>
+#endif
+
+#if defined(__CUDACC__)
+#define MOE_BOTH __host__ __device__ inline  // for host and device
+#else
+#define MOE_BOTH inline
+#endif
 
 namespace moe {
 
@@ -11,20 +21,29 @@ enum class DType : int32_t { f64, f32, bf16, f16 };
 inline int64_t dtype_bytes(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
 
 namespace detail {
-inline uint32_t bits_of(float v) {
+MOE_BOTH uint32_t bits_of(float v) {
+#ifdef __CUDA_ARCH__
+  return __float_as_uint(v);
+#else
   uint32_t u;
   std::memcpy(&u, &v, 4);
   return u;
+#endif
 }
-inline float float_of(uint32_t u) {
+MOE_BOTH float float_of(uint32_t u) {
+#ifdef __CUDA_ARCH__
+  return __uint_as_float(u);
+#else
   float v;
   std::memcpy(&v, &u, 4);
   return v;
+#endif
 }
 }  // namespace detail
 
 /// bfloat16: the upper half of a float; rounds to nearest, ties to even.
 struct bf16 {
+  static constexpr bool kBrain = true;
   uint16_t bits;
   bf16() = default;
   bf16(float v) {
@@ -36,6 +55,7 @@ struct bf16 {
 
 /// IEEE half precision, in integer arithmetic so that any compiler and processor has it; ties to even.
 struct f16 {
+  static constexpr bool kBrain = false;
   uint16_t bits;
   f16() = default;
   f16(float v) {

@@ -9,8 +9,6 @@
 // Index maps: row_to_slot [P] (-1 = padding), slot_to_row [S] (-1 = absent), expert_offsets [E+1] (exclusive, first 0).
 // Sums run in one fixed order (ascending expert, ascending slot), whatever the number of threads.
 #pragma once
-#include <cstdint>
-
 #include "dtype.h"
 
 namespace moe {
@@ -48,7 +46,7 @@ struct RouteArgs {
   int32_t* topk_ids;            // [T, K] by descending selection score, -1 = absent
   int32_t* tokens_per_expert;   // [E]
   void* lse;                    // [T] acc, logsumexp of the (capped) logits; null unless softmax
-  void* workspace;              // route_workspace_bytes
+  void* workspace;              // route_workspace_bytes on a CPU, null on a GPU
 };
 
 /// route_backward: d logits from d topk_weights and d lse. Reads T*E, writes T*E.
@@ -63,7 +61,7 @@ struct RouteBackwardArgs {
   const int32_t* topk_ids;   // [T, K]
   const void* topk_weights;  // [T, K] acc; a slot of weight 0 was out of reach and gets no gradient
   void* grad_logits;         // [T, E]
-  void* workspace;           // route_workspace_bytes
+  void* workspace;           // route_workspace_bytes on a CPU, null on a GPU
 };
 
 /// sum_scores and its backward: the scores of the tokens of each of B groups of T / B tokens, summed by expert. Reads
@@ -109,6 +107,7 @@ struct PermuteIndexArgs {
   int32_t* expert_offsets;  // [E+1]
   int32_t* row_to_slot;     // [P]
   int32_t* slot_to_row;     // [S], or null
+  void* workspace;          // permute_index_workspace_bytes on a GPU, null on a CPU
 };
 
 /// permute: x_rows[r] = x[row_to_slot[r] / K], zero where row_to_slot is -1. Reads and writes P*H.
@@ -143,6 +142,7 @@ struct UnpermuteBackwardArgs {
   const void* topk_weights;    // [T, K] acc
   void* grad_rows;             // [P, H], rows that no slot owns are zeroed
   void* grad_weights;          // [T, K] acc
+  void* workspace;             // unpermute_backward_workspace_bytes on a GPU, null on a CPU
 };
 
 /// One matrix an expert: element (e, n, k) stands at data + e*expert_stride + n*row_stride + k*col_stride.

@@ -4,6 +4,8 @@
 Second derivatives exist for `grouped_gemm`, whose backward is made of itself; the other backward ops have none.
 """
 
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +13,6 @@ from torch import Tensor
 from torch.library import register_autocast, register_autograd
 
 from .schemas import DTYPE_CODE, NAMESPACE
-
-_ops = torch.ops.moe_kernels
 
 # ---- route: keeps logits, ids and weights, O(T*K) beside the logits that the router has anyway
 
@@ -25,13 +25,15 @@ def _route_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     ctx.set_materialize_grads(False)
 
 
-def _route_backward(ctx: Any, grad_weights: Tensor | None, _ids: None, _counts: None, grad_lse: Tensor | None) -> Any:
+def _route_backward(
+    ops: Any, ctx: Any, grad_weights: Tensor | None, _ids: None, _counts: None, grad_lse: Tensor | None
+) -> Any:
     none = (None,) * 11
     grad_lse = grad_lse if ctx.scoring == 0 else None
     if grad_weights is None and grad_lse is None:
         return None, *none
     rule = (ctx.scoring, ctx.renormalize, ctx.eps, ctx.scale, ctx.softcap)
-    return _ops.route_backward.default(grad_weights, grad_lse, *ctx.saved_tensors, *rule), *none
+    return ops.route_backward.default(grad_weights, grad_lse, *ctx.saved_tensors, *rule), *none
 
 
 # ---- sum_scores: keeps the logits
@@ -44,12 +46,12 @@ def _sum_scores_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None
     ctx.set_materialize_grads(False)
 
 
-def _sum_scores_backward(ctx: Any, grad_sums: Tensor | None) -> Any:
+def _sum_scores_backward(ops: Any, ctx: Any, grad_sums: Tensor | None) -> Any:
     none = (None,) * 5
     if grad_sums is None:
         return None, *none
     logits, mask = ctx.saved_tensors
-    return _ops.sum_scores_backward.default(grad_sums, logits, *ctx.rule, mask), *none
+    return ops.sum_scores_backward.default(grad_sums, logits, *ctx.rule, mask), *none
 
 
 # ---- permute: a row's gradient goes back to its token
@@ -63,12 +65,12 @@ def _permute_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
 
 
-def _permute_backward(ctx: Any, grad_rows: Tensor | None, *_maps: None) -> Any:
+def _permute_backward(ops: Any, ctx: Any, grad_rows: Tensor | None, *_maps: None) -> Any:
     none = (None,) * 3
     if grad_rows is None:
         return None, *none
     (slot_to_row,) = ctx.saved_tensors
-    return _ops.permute_backward.default(grad_rows, slot_to_row, ctx.num_tokens), *none
+    return ops.permute_backward.default(grad_rows, slot_to_row, ctx.num_tokens), *none
 
 
 # ---- grouped_gemm: dA = dOut b^T, dB = a^T dOut, dbias = 1^T dOut, each again one of its four cases
@@ -83,13 +85,13 @@ def _grouped_gemm_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> No
     ctx.set_materialize_grads(False)
 
 
-def _grouped_gemm_backward(ctx: Any, grad: Tensor | None) -> Any:
+def _grouped_gemm_backward(ops: Any, ctx: Any, grad: Tensor | None) -> Any:
     if grad is None:
         return None, None, None, None, None
     a, b, offs = ctx.saved_tensors
     needs_a, needs_b, _, needs_bias, _ = ctx.needs_input_grad
     grad = grad.to(ctx.a_dtype)
-    product, code = _ops.grouped_gemm.default, DTYPE_CODE[ctx.a_dtype]
+    product, code = ops.grouped_gemm.default, DTYPE_CODE[ctx.a_dtype]
     grad_a = product(grad, b.mT, offs, None, code) if needs_a else None
     grad_b = product(a.mT, grad, offs, None, code) if needs_b else None
     grad_bias = None
@@ -108,10 +110,10 @@ def _unpermute_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _unpermute_backward(ctx: Any, grad_y: Tensor | None) -> Any:
+def _unpermute_backward(ops: Any, ctx: Any, grad_y: Tensor | None) -> Any:
     if grad_y is None:
         return None, None, None
-    grad_rows, grad_weights = _ops.unpermute_backward.default(grad_y, *ctx.saved_tensors)
+    grad_rows, grad_weights = ops.unpermute_backward.default(grad_y, *ctx.saved_tensors)
     return grad_rows, None, grad_weights
 
 
@@ -127,25 +129,32 @@ def _fused_experts_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor
     ctx.set_materialize_grads(False)
 
 
-def _fused_experts_backward(ctx: Any, grad_y: Tensor | None, _hidden: None) -> Any:
+def _fused_experts_backward(ops: Any, ctx: Any, grad_y: Tensor | None, _hidden: None) -> Any:
     grads: list[Tensor | None] = [None] * 17
     wanted = [argument for argument in _DIFFERENTIABLE if ctx.needs_input_grad[argument]]
     if grad_y is None or not wanted:
         return tuple(grads)
     needs = sum(1 << bit for bit, argument in enumerate(_DIFFERENTIABLE) if argument in wanted)
-    found = _ops.fused_experts_backward.default(grad_y, *ctx.saved_tensors, *ctx.rule, needs)
+    found = ops.fused_experts_backward.default(grad_y, *ctx.saved_tensors, *ctx.rule, needs)
     for argument, grad in zip(_DIFFERENTIABLE, found):
         grads[argument] = grad if argument in wanted else None
     return tuple(grads)
 
 
-def install() -> None:
-    """Registers every backward, and the autocast rule of the router: routing is done in float32."""
-    register_autograd(f"{NAMESPACE}::route", _route_backward, setup_context=_route_setup)
-    register_autograd(f"{NAMESPACE}::sum_scores", _sum_scores_backward, setup_context=_sum_scores_setup)
-    register_autograd(f"{NAMESPACE}::permute", _permute_backward, setup_context=_permute_setup)
-    register_autograd(f"{NAMESPACE}::grouped_gemm", _grouped_gemm_backward, setup_context=_grouped_gemm_setup)
-    register_autograd(f"{NAMESPACE}::unpermute", _unpermute_backward, setup_context=_unpermute_setup)
-    register_autograd(f"{NAMESPACE}::fused_experts", _fused_experts_backward, setup_context=_fused_experts_setup)
+_FORMULAS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "route": (_route_backward, _route_setup),
+    "sum_scores": (_sum_scores_backward, _sum_scores_setup),
+    "permute": (_permute_backward, _permute_setup),
+    "grouped_gemm": (_grouped_gemm_backward, _grouped_gemm_setup),
+    "unpermute": (_unpermute_backward, _unpermute_setup),
+    "fused_experts": (_fused_experts_backward, _fused_experts_setup),
+}
+
+
+def install(namespace: str = NAMESPACE, names: Iterable[str] = tuple(_FORMULAS)) -> None:
+    """Registers the backward of the ops `names`, and the autocast rule of the router: routing is done in float32."""
+    for name in names:
+        backward, setup = _FORMULAS[name]
+        register_autograd(f"{namespace}::{name}", partial(backward, getattr(torch.ops, namespace)), setup_context=setup)
     for device in ("cpu", "cuda"):
-        register_autocast(f"{NAMESPACE}::route", device, torch.float32)
+        register_autocast(f"{namespace}::route", device, torch.float32)

@@ -2,15 +2,18 @@
 """Every test: compiled kernels only, fixed seeds, and memory that nobody has written yet is NaN."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # a cached graph may hold an older backward of ours
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads sleep: fast on a busy machine too
 
 import pytest
+import simt_ops
 import torch
+from torch.utils._pytree import tree_map
 
 import moe_kernels as mk
 from moe_kernels import _build, reference
@@ -56,7 +59,37 @@ REFERENCE = SimpleNamespace(
 )  # fmt: skip
 
 
-@pytest.fixture(params=[REFERENCE, CPU], ids=lambda backend: backend.name)
+def _on_gpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` on the GPU, of and into CPU tensors, so that one test body serves every device."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        moved = tree_map(lambda v: v.cuda() if isinstance(v, torch.Tensor) else v, (args, kwargs))
+        return tree_map(lambda v: v.cpu() if isinstance(v, torch.Tensor) else v, function(*moved[0], **moved[1]))
+
+    return run
+
+
+CUDA = SimpleNamespace(
+    name="cuda", route=_on_gpu(mk.route), permute=_on_gpu(mk.permute), unpermute=_on_gpu(mk.unpermute), device="cuda"
+)
+EMULATED = ("test_route", "test_permute", "test_unpermute")  # the stages that have CUDA kernels
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`backend`, what a test body runs against: the reference, every kernel of this build, and the CUDA kernels on the
+    emulator. A further device is one more entry."""
+    if "backend" not in metafunc.fixturenames:
+        return
+    backends = [REFERENCE, CPU]
+    if metafunc.module.__name__ in EMULATED:
+        backends += [simt_ops.BACKEND, *([CUDA] if torch.cuda.is_available() else [])]
+    metafunc.parametrize("backend", backends, ids=lambda backend: backend.name, indirect=True)
+
+
+@pytest.fixture
 def backend(request: pytest.FixtureRequest) -> SimpleNamespace:
-    """What a test body runs against; a further device is one more entry."""
+    if request.param is simt_ops.BACKEND:
+        if reason := simt_ops.missing():
+            pytest.skip(reason)
+        simt_ops.restart()
     return request.param

@@ -28,10 +28,10 @@ struct Mlp {
     if (hidden_mask_) want(op, "hidden_mask", *hidden_mask_, {T, K, I});
     weights = to_type(topk_weights, acc), hidden_mask = to_type(hidden_mask_, acc);
     w13_bias = to_type(w13_bias_, scalar_of(weight_dtype)), w2_bias = to_type(w2_bias_, scalar_of(weight_dtype));
-    ids = narrow_ids(op, topk_ids, E, expert_map);
+    ids = narrow_ids([](const Tensor&, const NarrowIdsArgs& a) { cpu::narrow_ids(a); }, op, topk_ids, E, expert_map);
     row_to_slot = empty(x, {S}, ScalarType::Int), expert_offsets = empty(x, {E + 1}, ScalarType::Int);
     cpu::permute_index({S, E, S, 1, ids.const_data_ptr<int32_t>(), expert_offsets.mutable_data_ptr<int32_t>(),
-                        row_to_slot.mutable_data_ptr<int32_t>(), nullptr});
+                        row_to_slot.mutable_data_ptr<int32_t>(), nullptr, nullptr});
     args.T = T, args.H = H, args.I = I, args.E = E, args.K = K, args.dtype = dtype, args.weight_dtype = weight_dtype;
     args.activation = Activation(activation), args.gated = gated, args.weight_on_input = weight_on_input;
     args.limit = limit, args.alpha = alpha, args.x = x.const_data_ptr(), args.x_stride = T ? x.stride(0) : H;

@@ -1,9 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
 // The stages as ops: checks, allocation, structs; no kernel code. The schemas stand in moe_kernels/schemas.py.
-#include "tensors.h"
+// Compiled once a backend, which is a set of functions run(tensor, args): cuda_ops.cpp includes this file for CUDA
+// tensors, and built with MOE_SIMT it becomes the CUDA kernels on the emulator, in a namespace of their own.
+#if defined(MOE_SIMT)
+#include "simt_backend.h"
+#elif defined(MOE_CUDA_OPS)
+#include "cuda_backend.h"
+#else
+#include "cpu_backend.h"
+#endif
 
 namespace moe::binding {
 namespace {
+
+/// As narrow_ids of tensors.h; a backend that checks ids itself takes int32 as they are.
+Tensor local_ids(const char* op, const Tensor& ids, int64_t E) {
+  if (kChecksIds && ids.scalar_type() == ScalarType::Int) return dense(ids);
+  return narrow_ids([](const Tensor& like, const NarrowIdsArgs& args) { run(like, args); }, op, ids, E, {});
+}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> route(const Tensor& logits_, int64_t top_k, int64_t scoring,
                                                  bool renormalize, double renormalize_eps, double scale,
@@ -27,26 +41,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> route(const Tensor& logits_, int64_t 
   const MaybeTensor bias = to_type(bias_, acc), mask = to_type(padding_mask_, ScalarType::Bool);
   Tensor weights = empty(logits, {T, top_k}, acc), ids = empty(logits, {T, top_k}, ScalarType::Int);
   Tensor counts = empty(logits, {E}, ScalarType::Int), lse = empty(logits, {scoring == 0 ? T : 0}, acc);
-  const Workers workers = torch_workers();
-  Tensor space = empty(logits, {cpu::route_workspace_bytes(E, workers)}, ScalarType::Byte);
-  cpu::route({T,
-              E,
-              top_k,
-              G,
-              topk_group,
-              group_top,
-              {Scoring(scoring), renormalize, renormalize_eps, scale, logit_softcap},
-              dtype,
-              logits.const_data_ptr(),
-              logits.stride(0),
-              data_of(bias),
-              static_cast<const uint8_t*>(data_of(mask)),
-              weights.mutable_data_ptr(),
-              ids.mutable_data_ptr<int32_t>(),
-              counts.mutable_data_ptr<int32_t>(),
-              scoring == 0 ? lse.mutable_data_ptr() : nullptr,
-              space.mutable_data_ptr()},
-             workers);
+  RouteArgs args{T,
+                 E,
+                 top_k,
+                 G,
+                 topk_group,
+                 group_top,
+                 {Scoring(scoring), renormalize, renormalize_eps, scale, logit_softcap},
+                 dtype,
+                 logits.const_data_ptr(),
+                 logits.stride(0),
+                 data_of(bias),
+                 static_cast<const uint8_t*>(data_of(mask)),
+                 weights.mutable_data_ptr(),
+                 ids.mutable_data_ptr<int32_t>(),
+                 counts.mutable_data_ptr<int32_t>(),
+                 scoring == 0 ? lse.mutable_data_ptr() : nullptr,
+                 nullptr};
+  run(logits, args);
   return {weights, ids, counts, lse};
 }
 
@@ -63,24 +75,22 @@ Tensor route_backward(const MaybeTensor& grad_weights_, const MaybeTensor& grad_
   want("route_backward", "topk_weights", weights, {T, K});
   if (grad_weights) want("route_backward", "grad_weights", *grad_weights, {T, K});
   if (grad_lse) want("route_backward", "grad_lse", *grad_lse, {scoring == 0 ? T : 0});
-  const Tensor ids = narrow_ids("route_backward", topk_ids, E);
+  const Tensor ids = local_ids("route_backward", topk_ids, E);
   Tensor out = empty(logits, {T, E}, logits.scalar_type());
-  const Workers workers = torch_workers();
-  Tensor space = empty(logits, {cpu::route_workspace_bytes(E, workers)}, ScalarType::Byte);
-  cpu::route_backward({T,
-                       E,
-                       K,
-                       {Scoring(scoring), renormalize, renormalize_eps, scale, logit_softcap},
-                       dtype,
-                       data_of(grad_weights),
-                       scoring == 0 ? data_of(grad_lse) : nullptr,
-                       logits.const_data_ptr(),
-                       logits.stride(0),
-                       ids.const_data_ptr<int32_t>(),
-                       weights.const_data_ptr(),
-                       out.mutable_data_ptr(),
-                       space.mutable_data_ptr()},
-                      workers);
+  RouteBackwardArgs args{T,
+                         E,
+                         K,
+                         {Scoring(scoring), renormalize, renormalize_eps, scale, logit_softcap},
+                         dtype,
+                         data_of(grad_weights),
+                         scoring == 0 ? data_of(grad_lse) : nullptr,
+                         logits.const_data_ptr(),
+                         logits.stride(0),
+                         ids.const_data_ptr<int32_t>(),
+                         weights.const_data_ptr(),
+                         out.mutable_data_ptr(),
+                         nullptr};
+  run(logits, args);
   return out;
 }
 
@@ -164,14 +174,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> permute(const Tensor& x_, const Tenso
   require(E >= 1 && align >= 1, "permute: num_experts and align must be positive, got ", E, " and ", align);
   const int64_t S = T * K, P = S + E * (align - 1);
   require(P < std::numeric_limits<int32_t>::max(), "permute: more than 2^31 rows");
-  const Tensor ids = narrow_ids("permute", topk_ids, E);
+  const Tensor ids = local_ids("permute", topk_ids, E);
   Tensor x_rows = empty(x, {P, H}, x.scalar_type()), row_to_slot = empty(x, {P}, ScalarType::Int);
   Tensor slot_to_row = empty(x, {S}, ScalarType::Int), offsets = empty(x, {E + 1}, ScalarType::Int);
-  cpu::permute_index({S, E, P, align, ids.const_data_ptr<int32_t>(), offsets.mutable_data_ptr<int32_t>(),
-                      row_to_slot.mutable_data_ptr<int32_t>(), slot_to_row.mutable_data_ptr<int32_t>()});
-  cpu::permute({P, H, K, dtype, x.const_data_ptr(), x.stride(0), row_to_slot.const_data_ptr<int32_t>(),
-                x_rows.mutable_data_ptr()},
-               torch_workers());
+  PermuteIndexArgs index{S,
+                         E,
+                         P,
+                         align,
+                         ids.const_data_ptr<int32_t>(),
+                         offsets.mutable_data_ptr<int32_t>(),
+                         row_to_slot.mutable_data_ptr<int32_t>(),
+                         slot_to_row.mutable_data_ptr<int32_t>(),
+                         nullptr};
+  run(x, index);
+  run(x, PermuteArgs{P, H, K, dtype, x.const_data_ptr(), x.stride(0), row_to_slot.const_data_ptr<int32_t>(),
+                     x_rows.mutable_data_ptr()});
   return {x_rows, row_to_slot, slot_to_row, offsets};
 }
 
@@ -181,13 +198,12 @@ Tensor unpermute_with(const Tensor& rows_, const Tensor& slot_to_row_, int64_t T
   require(T >= 0 && (T > 0 || slot_to_row_.numel() == 0) && (T == 0 || slot_to_row_.numel() % T == 0),
           "unpermute: slot_to_row of ", slot_to_row_.numel(), " slots does not fit ", T, " tokens");
   const int64_t P = rows_.size(0), H = rows_.size(1), K = T ? slot_to_row_.numel() / T : 0;
-  const Tensor rows = with_contiguous_rows(rows_), slot_to_row = narrow_ids("unpermute", slot_to_row_, P);
+  const Tensor rows = with_contiguous_rows(rows_), slot_to_row = local_ids("unpermute", slot_to_row_, P);
   const MaybeTensor weights = to_type(topk_weights, acc_of(dtype));
   if (weights) want("unpermute", "topk_weights", *weights, {T, weights->dim() == 2 && T == 0 ? weights->size(1) : K});
   Tensor y = empty(rows, {T, H}, rows.scalar_type());
-  cpu::unpermute({T, H, K, P, dtype, rows.const_data_ptr(), rows.stride(0), slot_to_row.const_data_ptr<int32_t>(),
-                  data_of(weights), y.mutable_data_ptr()},
-                 torch_workers());
+  run(rows, UnpermuteArgs{T, H, K, P, dtype, rows.const_data_ptr(), rows.stride(0),
+                          slot_to_row.const_data_ptr<int32_t>(), data_of(weights), y.mutable_data_ptr()});
   return y;
 }
 Tensor unpermute(const Tensor& rows, const Tensor& slot_to_row, const Tensor& topk_weights) {
@@ -205,16 +221,28 @@ std::tuple<Tensor, Tensor> unpermute_backward(const Tensor& grad_y_, const Tenso
   const int64_t T = topk_weights.size(0), K = topk_weights.size(1), P = rows.size(0), H = rows.size(1);
   want("unpermute_backward", "grad_y", grad_y, {T, H});
   want("unpermute_backward", "slot_to_row", slot_to_row_, {T * K});
-  const Tensor slot_to_row = narrow_ids("unpermute_backward", slot_to_row_, P),
+  const Tensor slot_to_row = local_ids("unpermute_backward", slot_to_row_, P),
                weights = to_type(topk_weights, acc_of(dtype));
   Tensor grad_rows = empty(rows, {P, H}, rows.scalar_type()), grad_weights = empty(rows, {T, K}, acc_of(dtype));
-  cpu::unpermute_backward({T, H, K, P, dtype, grad_y.const_data_ptr(), rows.const_data_ptr(), grad_y.stride(0),
-                           rows.stride(0), slot_to_row.const_data_ptr<int32_t>(), weights.const_data_ptr(),
-                           grad_rows.mutable_data_ptr(), grad_weights.mutable_data_ptr()},
-                          torch_workers());
+  UnpermuteBackwardArgs args{T,
+                             H,
+                             K,
+                             P,
+                             dtype,
+                             grad_y.const_data_ptr(),
+                             rows.const_data_ptr(),
+                             grad_y.stride(0),
+                             rows.stride(0),
+                             slot_to_row.const_data_ptr<int32_t>(),
+                             weights.const_data_ptr(),
+                             grad_rows.mutable_data_ptr(),
+                             grad_weights.mutable_data_ptr(),
+                             nullptr};
+  run(rows, args);
   return {grad_rows, to_type(grad_weights, topk_weights.scalar_type())};
 }
 
+#ifdef MOE_CPU_OPS
 Tensor grouped_gemm(const Tensor& a, const Tensor& b, const MaybeTensor& offs_, const MaybeTensor& bias_,
                     int64_t out_dtype) {
   const DType dtype = dtype_of("grouped_gemm", "a", a);
@@ -253,10 +281,11 @@ Tensor grouped_gemm(const Tensor& a, const Tensor& b, const MaybeTensor& offs_, 
   cpu::grouped_gemm(args, workers);
   return out;
 }
+#endif
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(moe_kernels, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(MOE_LIBRARY, MOE_KEY, m) {
   m.impl("route", boxed<&route>);
   m.impl("route_backward", boxed<&route_backward>);
   m.impl("sum_scores", boxed<&sum_scores>);
@@ -264,7 +293,9 @@ STABLE_TORCH_LIBRARY_IMPL(moe_kernels, CPU, m) {
   m.impl("limit_capacity", boxed<&limit_capacity>);
   m.impl("permute", boxed<&permute>);
   m.impl("permute_backward", boxed<&permute_backward>);
+#ifdef MOE_CPU_OPS
   m.impl("grouped_gemm", boxed<&grouped_gemm>);
+#endif
   m.impl("unpermute", boxed<&unpermute>);
   m.impl("unpermute_backward", boxed<&unpermute_backward>);
 }

@@ -117,8 +117,9 @@ template <class Args> Tensor workspace(const Tensor& like, int64_t (*bytes)(cons
   return space;
 }
 
-/// int32 ids in [-1, E), whatever came; flat.
-inline Tensor narrow_ids(const char* op, const Tensor& topk_ids, int64_t E, const MaybeTensor& expert_map = {}) {
+/// int32 ids in [-1, E), whatever came; flat. `run` fills args.narrow, on the device of the ids.
+template <class Run> Tensor narrow_ids(Run&& run, const char* op, const Tensor& topk_ids, int64_t E,
+                                       const MaybeTensor& expert_map) {
   const auto is_id = [](const Tensor& t) {
     return t.scalar_type() == ScalarType::Int || t.scalar_type() == ScalarType::Long;
   };
@@ -128,9 +129,9 @@ inline Tensor narrow_ids(const char* op, const Tensor& topk_ids, int64_t E, cons
   const Tensor ids = dense(topk_ids);
   const MaybeTensor map = expert_map ? MaybeTensor(dense(*expert_map)) : expert_map;
   Tensor out = empty(ids, {ids.numel()}, ScalarType::Int);
-  cpu::narrow_ids({ids.numel(), E, map ? map->numel() : 0, ids.scalar_type() == ScalarType::Long,
-                   map && map->scalar_type() == ScalarType::Long, ids.const_data_ptr(), data_of(map),
-                   out.mutable_data_ptr<int32_t>()});
+  run(ids, NarrowIdsArgs{ids.numel(), E, map ? map->numel() : 0, ids.scalar_type() == ScalarType::Long,
+                         map && map->scalar_type() == ScalarType::Long, ids.const_data_ptr(), data_of(map),
+                         out.mutable_data_ptr<int32_t>()});
   return out;
 }
 

@@ -9,6 +9,7 @@
 #include <limits>
 #include <utility>
 
+#include "../score.h"
 #include "tile.h"
 
 #ifdef __clang__

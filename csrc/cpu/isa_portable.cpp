@@ -5,6 +5,7 @@
 #include <limits>
 #include <utility>
 
+#include "../score.h"
 #include "isa.h"
 #include "tile.h"
 

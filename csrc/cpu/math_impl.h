@@ -135,15 +135,21 @@ template <class A, int kBy = VecOf<A>::lanes / 2> inline A lane_sum(Vec<A> v) { 
   if constexpr (kBy == 0) return v[0];
   else return lane_sum<A, kBy / 2>(v + shuffle_by<A, Rotate<VecOf<A>::lanes, kBy>>(v, v));
 }
+// In float32 the sum is one of whole multiples of 2^-40 (score.h), so that any order of the terms gives the same bits.
+inline float sum_of_exps(const float* row, int64_t count) {
+  int64_t sum = 0;
+  for (int64_t i = 0; i < count; ++i) sum += exact_part(row[i]);
+  return exact_sum(sum);
+}
+inline double sum_of_exps(const double* row, int64_t count) {
+  Vec<double> sum{};
+  for_vectors<double>(count, [&](int64_t i, int64_t lanes) { sum += load_part(row + i, lanes); });
+  return lane_sum<double>(sum);
+}
 template <class A> A exp_sum(A* row, A shift, int64_t count) {
-  Vec<A> sum{};
-  for_vectors<A>(count, [&](int64_t i, int64_t lanes) {
-    Vec<A> e = exp_of(load_part(row + i, lanes) - shift);
-    for (int64_t j = lanes; j < VecOf<A>::lanes; ++j) e[j] = 0;
-    store_part(row + i, e, lanes);
-    sum += e;
-  });
-  return lane_sum<A>(sum);
+  for_vectors<A>(
+      count, [&](int64_t i, int64_t lanes) { store_part(row + i, exp_of(load_part(row + i, lanes) - shift), lanes); });
+  return sum_of_exps(row, count);
 }
 template <class A> void sigmoid(A* row, int64_t count) {
   for_vectors<A>(

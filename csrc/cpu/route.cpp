@@ -64,7 +64,7 @@ template <class T> void route_token(const RouteArgs& args, int64_t t, const Scra
   A* lse = args.lse ? static_cast<A*>(args.lse) + t : nullptr;
   const bool masked = args.padding_mask && !args.padding_mask[t];
   const T* row = static_cast<const T*>(args.logits) + t * args.logits_stride;
-  if (masked || !clean_logits(row, args.E, args.rule.logit_softcap, w.logits)) {
+  if (masked || !clean_logits(row, args.E, args.rule.logit_softcap, w.logits, w.scores)) {
     for (int64_t k = 0; k < args.K; ++k) weights[k] = 0, ids[k] = masked ? -1 : int32_t(k);
     if (lse) *lse = 0;
     return;
@@ -93,7 +93,7 @@ template <class T> void route_token_backward(const RouteBackwardArgs& args, int6
   const A* grad_weights = args.grad_weights ? static_cast<const A*>(args.grad_weights) + t * args.K : nullptr;
   const A* weights = static_cast<const A*>(args.topk_weights) + t * args.K;
   std::fill_n(w.choice, args.E, A(0));  // d score, then d logit
-  if (ids[0] >= 0 && clean_logits(row, args.E, args.rule.logit_softcap, w.logits)) {
+  if (ids[0] >= 0 && clean_logits(row, args.E, args.rule.logit_softcap, w.logits, w.scores)) {
     score(args.rule.scoring, w.logits, args.E, w.scores);
     A sum = A(args.rule.renormalize_eps), dot = 0, mean = 0;
     for (int64_t k = 0; k < args.K && grad_weights; ++k) {

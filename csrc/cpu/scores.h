@@ -4,25 +4,25 @@
 #include <cmath>
 #include <limits>
 
+#include "../score.h"
 #include "tile.h"
 
 namespace moe::cpu {
 
 /// l = softcap(logits) with NaN as -inf, which stays -inf, and +inf as the largest finite float; true where any is
-/// finite.
-template <class T, class A> bool clean_logits(const T* row, int64_t E, double softcap, A* l) {
-  bool any = false;
-  for (int64_t e = 0; e < E; ++e) {
-    A v = A(row[e]);
-    if (v != v) v = -std::numeric_limits<A>::infinity();
-    else if (softcap > 0 && v > -std::numeric_limits<A>::infinity()) v = A(softcap) * std::tanh(v / A(softcap));
-    l[e] = std::min(v, A(std::numeric_limits<float>::max()));
-    any |= l[e] > -std::numeric_limits<A>::infinity();
+/// finite. `exps` is scratch.
+template <class T, class A> bool clean_logits(const T* row, int64_t E, double softcap, A* l, A* exps) {
+  constexpr A infinity = std::numeric_limits<A>::infinity();
+  tile<T>().widen(row, l, E);
+  math<A>().clean(l, E);
+  if (softcap > 0) {
+    for (int64_t e = 0; e < E; ++e) exps[e] = softcap_exponent(l[e], A(softcap));
+    math<A>().exp_sum(exps, A(0), E);
+    for (int64_t e = 0; e < E; ++e)
+      if (l[e] > -infinity) l[e] = softcap_of(l[e], A(softcap), exps[e]);
   }
-  return any;
+  return math<A>().max(l, E) > -infinity;
 }
-
-template <class A> A softplus(A l) { return l > A(20) ? l + std::log1p(std::exp(-l)) : std::log1p(std::exp(l)); }
 
 /// s = score(l) and, for softmax, the logsumexp.
 template <class A> A score(Scoring scoring, const A* l, int64_t E, A* s) {
@@ -30,25 +30,16 @@ template <class A> A score(Scoring scoring, const A* l, int64_t E, A* s) {
   switch (scoring) {
     case Scoring::softmax: {
       const A top = math<A>().max(l, E), sum = math<A>().exp_sum(s, top, E);
-      for (int64_t e = 0; e < E; ++e) s[e] /= sum;
+      math<A>().divide(s, sum, E);
       return top + std::log(sum);
     }
     case Scoring::sigmoid: math<A>().sigmoid(s, E); break;
     case Scoring::sqrtsoftplus:
-      for (int64_t e = 0; e < E; ++e) s[e] = std::sqrt(softplus(s[e]));
+      for (int64_t e = 0; e < E; ++e) s[e] = sqrtsoftplus_exponent(l[e]);
+      math<A>().exp_sum(s, A(0), E);
+      for (int64_t e = 0; e < E; ++e) s[e] = sqrtsoftplus_of(l[e], s[e]);
   }
   return A(0);
-}
-
-/// Sum of a * b in eight lanes, which a compiler puts side by side; the order is fixed.
-template <class A> A dot(const A* a, const A* b, int64_t count) {
-  A lanes[8] = {}, sum = 0;
-  const int64_t whole = count / 8 * 8;
-  for (int64_t i = 0; i < whole; i += 8)
-    for (int64_t lane = 0; lane < 8; ++lane) lanes[lane] += a[i + lane] * b[i + lane];
-  for (int64_t i = whole; i < count; ++i) sum += a[i] * b[i];
-  for (const A lane : lanes) sum += lane;
-  return sum;
 }
 
 /// d score -> d logit, in place. l and s are what the two functions above made of the row; mean = sum of d * s over

@@ -23,7 +23,7 @@ template <class A> struct Parts {
 template <class T, class A> bool scores_of(const SumScoresArgs& args, int64_t t, A* l, A* s, A* total) {
   const T* row = static_cast<const T*>(args.logits) + t * args.logits_stride;
   if (args.padding_mask && !args.padding_mask[t]) return false;
-  if (!clean_logits(row, args.E, args.rule.logit_softcap, l)) return false;
+  if (!clean_logits(row, args.E, args.rule.logit_softcap, l, s)) return false;
   score(args.rule.scoring, l, args.E, s);
   *total = A(1);
   if (!args.normalize || args.rule.scoring == Scoring::softmax) return true;
@@ -57,7 +57,7 @@ template <class T> void backward_token(const SumScoresArgs& args, int32_t worker
   if (!scores_of<T>(args, t, l, s, &total)) {
     std::fill_n(d, args.E, A(0));
   } else {
-    const A mean = dot(grad, s, args.E);
+    const A mean = math<A>().dot(grad, s, args.E);
     const bool divided = args.normalize && args.rule.scoring != Scoring::softmax;  // d (s / sum) = (g - mean) / sum
     const A shift = divided ? mean / total : A(0), scale = divided ? 1 / total : A(1);
     for (int64_t e = 0; e < args.E; ++e) d[e] = (grad[e] - shift) * scale;

@@ -1,0 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
+// The stages a second time, for CUDA tensors. A file of its own: one source cannot be two objects of one library.
+#define MOE_CUDA_OPS
+#include "ops.cpp"

@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: Apache-2.0
+// The CUDA stages on CPU tensors, by the emulator. Every buffer of a call is registered with its exact extent, so that
+// an access beside it is a fault; what a kernel has to write counts as never written. For ops.cpp under MOE_SIMT.
+#pragma once
+#include <deque>
+
+#include "queue.h"
+
+#define MOE_LIBRARY moe_kernels_simt
+#define MOE_KEY CPU
+
+namespace moe::binding {
+namespace {
+
+class Buffers {
+ public:
+  void in(const char* name, const void* p, int64_t bytes) { add(name, p, bytes, true); }
+  void out(const char* name, const void* p, int64_t bytes) { add(name, p, bytes, false); }
+
+ private:
+  void add(const char* name, const void* p, int64_t bytes, bool written) {
+    if (p && bytes > 0) buffers_.emplace_back(p, size_t(bytes), name, written);
+  }
+  std::deque<simt::Registered> buffers_;
+};
+
+int64_t extent(int64_t rows, int64_t columns, int64_t stride, int64_t bytes) {  // of a matrix with strided rows
+  return rows > 0 ? ((rows - 1) * stride + columns) * bytes : 0;
+}
+int64_t acc_bytes(DType t) { return t == DType::f64 ? 8 : 4; }
+
+void declare(Buffers& buffers, const Tensor&, const RouteArgs& a) {
+  const int64_t acc = acc_bytes(a.dtype);
+  buffers.in("logits", a.logits, extent(a.T, a.E, a.logits_stride, dtype_bytes(a.dtype)));
+  buffers.in("correction_bias", a.correction_bias, a.E * acc), buffers.in("padding_mask", a.padding_mask, a.T);
+  buffers.out("topk_weights", a.topk_weights, a.T * a.K * acc), buffers.out("topk_ids", a.topk_ids, a.T * a.K * 4);
+  buffers.out("tokens_per_expert", a.tokens_per_expert, a.E * 4), buffers.out("lse", a.lse, a.T * acc);
+}
+void declare(Buffers& buffers, const Tensor&, const RouteBackwardArgs& a) {
+  const int64_t acc = acc_bytes(a.dtype), S = a.T * a.K;
+  buffers.in("grad_weights", a.grad_weights, S * acc), buffers.in("grad_lse", a.grad_lse, a.T * acc);
+  buffers.in("logits", a.logits, extent(a.T, a.E, a.logits_stride, dtype_bytes(a.dtype)));
+  buffers.in("topk_ids", a.topk_ids, S * 4), buffers.in("topk_weights", a.topk_weights, S * acc);
+  buffers.out("grad_logits", a.grad_logits, a.T * a.E * dtype_bytes(a.dtype));
+}
+void declare(Buffers& buffers, const Tensor&, const NarrowIdsArgs& a) {
+  buffers.in("topk_ids", a.topk_ids, a.S * (a.ids64 ? 8 : 4));
+  buffers.in("expert_map", a.expert_map, a.map_size * (a.map64 ? 8 : 4)), buffers.out("narrow", a.narrow, a.S * 4);
+}
+void declare(Buffers& buffers, const Tensor&, const PermuteIndexArgs& a) {
+  buffers.in("topk_ids", a.topk_ids, a.S * 4), buffers.out("expert_offsets", a.expert_offsets, (a.E + 1) * 4);
+  buffers.out("row_to_slot", a.row_to_slot, a.P * 4), buffers.out("slot_to_row", a.slot_to_row, a.S * 4);
+  buffers.out("workspace", a.workspace, device_bytes(a));
+}
+void declare(Buffers& buffers, const Tensor& x, const PermuteArgs& a) {
+  const int64_t bytes = dtype_bytes(a.dtype);
+  buffers.in("x", a.x, extent(x.size(0), a.H, a.x_stride, bytes));
+  buffers.in("row_to_slot", a.row_to_slot, a.P * 4), buffers.out("x_rows", a.x_rows, a.P * a.H * bytes);
+}
+void declare(Buffers& buffers, const Tensor&, const UnpermuteArgs& a) {
+  const int64_t bytes = dtype_bytes(a.dtype), S = a.T * a.K;
+  buffers.in("rows", a.rows, extent(a.P, a.H, a.rows_stride, bytes));
+  buffers.in("slot_to_row", a.slot_to_row, S * 4), buffers.in("topk_weights", a.topk_weights, S * acc_bytes(a.dtype));
+  buffers.out("y", a.y, a.T * a.H * bytes);
+}
+void declare(Buffers& buffers, const Tensor&, const UnpermuteBackwardArgs& a) {
+  const int64_t bytes = dtype_bytes(a.dtype), S = a.T * a.K, acc = acc_bytes(a.dtype);
+  buffers.in("grad_y", a.grad_y, extent(a.T, a.H, a.grad_y_stride, bytes));
+  buffers.in("rows", a.rows, extent(a.P, a.H, a.rows_stride, bytes)), buffers.in("slot_to_row", a.slot_to_row, S * 4);
+  buffers.in("topk_weights", a.topk_weights, S * acc), buffers.out("grad_rows", a.grad_rows, a.P * a.H * bytes);
+  buffers.out("grad_weights", a.grad_weights, S * acc), buffers.out("workspace", a.workspace, device_bytes(a));
+}
+
+template <class Args> void run(const Tensor& like, Args&& args) {
+  const Tensor space = device_workspace(like, args);
+  Buffers buffers;
+  declare(buffers, like, args);
+  queue(args, nullptr);
+}
+
+}  // namespace
+}  // namespace moe::binding

@@ -1,0 +1,365 @@
+// SPDX-License-Identifier: Apache-2.0
+// Every access of a kernel comes through here: which memory is it, is it inside and aligned, was it written, does it
+// race?
+#include <link.h>
+
+#include <algorithm>
+#include <cstring>
+#include <unordered_map>
+
+#include "report.h"
+
+namespace moe::simt {
+namespace {
+
+constexpr uint32_t kRunaway = 100 * 1000 * 1000;  // accesses without giving way
+constexpr uintptr_t kPageBytes = 4096;
+
+// ---------------------------------------------------------------- registered memory
+struct Buffer {
+  uintptr_t begin, end;
+  std::string name;
+  std::vector<bool> unwritten;  // by byte; empty = all written
+};
+std::vector<Buffer> buffers;
+
+struct Page { Cell cells[kPageBytes / 4]; };
+std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages;
+uintptr_t last_page_number = 0;
+Page* last_page = nullptr;
+
+struct Image { uintptr_t begin = 0, end = 0; };  // the module that holds the kernel: its constants may be read
+Image image_of(const void* kernel) {
+  static const void* known = nullptr;
+  static Image image;
+  if (kernel == known) return image;
+  known = kernel;
+  image = {};
+  struct Search {
+    uintptr_t kernel;
+    Image found;
+  } search{reinterpret_cast<uintptr_t>(kernel), {}};
+  dl_iterate_phdr(
+      [](dl_phdr_info* info, size_t, void* data) {
+        auto* const s = static_cast<Search*>(data);
+        Image all{UINTPTR_MAX, 0};
+        for (int i = 0; i < info->dlpi_phnum; ++i) {
+          if (info->dlpi_phdr[i].p_type != PT_LOAD) continue;
+          const uintptr_t begin = info->dlpi_addr + info->dlpi_phdr[i].p_vaddr;
+          all.begin = std::min(all.begin, begin);
+          all.end = std::max(all.end, begin + info->dlpi_phdr[i].p_memsz);
+        }
+        if (s->kernel < all.begin || s->kernel >= all.end) return 0;
+        s->found = all;
+        return 1;
+      },
+      &search);
+  return image = search.found;
+}
+
+bool is_argument(uintptr_t address, uint32_t bytes) {
+  const auto begin = reinterpret_cast<uintptr_t>(machine.arguments);
+  return address >= begin && address + bytes <= begin + machine.arguments_bytes;
+}
+
+std::string nearest(uintptr_t address) {
+  const Buffer* best = nullptr;
+  uint64_t distance = UINT64_MAX;
+  for (const Buffer& buffer : buffers) {
+    const uint64_t d = address < buffer.begin ? buffer.begin - address : address - std::min(address, buffer.end);
+    if (d < distance) {
+      distance = d;
+      best = &buffer;
+    }
+  }
+  if (best == nullptr) return "nothing is registered";
+  const size_t size = best->end - best->begin;
+  if (address < best->begin) {
+    return format("%zu bytes before '%s' of %zu bytes", size_t(best->begin - address), best->name.c_str(), size);
+  }
+  return format("at byte %zu of '%s', which has %zu", size_t(address - best->begin), best->name.c_str(), size);
+}
+
+const char* verb(Access kind) {
+  static const char* const verbs[] = {"read", "write", "atomic read", "atomic update"};
+  return verbs[int(kind)];
+}
+
+// ---------------------------------------------------------------- cells
+class RunningObserver final : public Observer {
+ public:
+  explicit RunningObserver(const Thread& thread) : thread_(thread) {}
+  bool ordered(const Record& earlier) const override { return simt::ordered(thread_, earlier); }
+
+ private:
+  const Thread& thread_;
+};
+
+Cell& global_cell(uintptr_t address) {
+  const uintptr_t number = address / kPageBytes;
+  if (last_page == nullptr || number != last_page_number) {
+    auto& slot = pages[number];
+    if (slot == nullptr) slot = std::make_unique<Page>();
+    last_page = slot.get();
+    last_page_number = number;
+  }
+  return last_page->cells[address % kPageBytes / 4];
+}
+
+[[noreturn]] void report_race(const Record& now, const Record& earlier, uint32_t bytes, uintptr_t address) {
+  std::string text = format("%s of %u bytes at %s is not ordered with the %s by %s, at %s", verb(now.kind), bytes,
+                            name_of_address(address).c_str(), verb(earlier.kind),
+                            who(earlier.block, earlier.agent).c_str(), source_line(earlier.site).c_str());
+  if (earlier.block < machine.first_serial) text += ": it may still run until griddepcontrol.wait";
+  fault("race", text, now.site);
+}
+
+void check_in_flight(const Cell& cell, const Touch& access) {
+  if (!cell.in_flight) return;
+  const Record& copy = cell.last_write();
+  fault("in flight",
+        format("%s of %u bytes at %s, into which the cp.async of %s, at %s, has not been waited for", verb(access.kind),
+               access.bytes, name_of_address(reinterpret_cast<uintptr_t>(access.p)).c_str(),
+               who(copy.block, copy.agent).c_str(), source_line(copy.site).c_str()),
+        access.site);
+}
+
+// Calls f(cell index relative to base, mask of its bytes) for the cells of [address, address + bytes).
+template <class F> void for_cells(uintptr_t address, uint32_t bytes, F f) {
+  for (uintptr_t at = address; at < address + bytes;) {
+    const uintptr_t end = std::min((at / 4 + 1) * 4, address + bytes);
+    f(at, uint8_t(((1u << (end - at)) - 1) << (at % 4)));
+    at = end;
+  }
+}
+
+// ---------------------------------------------------------------- the two memories
+void touch_shared(Thread& thread, const Touch& access, uint32_t offset) {
+  Block& block = *thread.block;
+  if (uint64_t(offset) + access.bytes > machine.config.shared_bytes) {  // also when it begins in the guard before
+    fault("bounds",
+          format("%s of %u bytes at byte %d of the block's %u bytes of shared memory", verb(access.kind), access.bytes,
+                 int(offset), machine.config.shared_bytes),
+          access.site);
+  }
+  if (!block.mbarriers.empty()) {
+    const auto next = block.mbarriers.lower_bound(offset + access.bytes);
+    if (next != block.mbarriers.begin() && std::prev(next)->first + 8 > offset) {
+      fault("mbarrier", format("plain %s of an mbarrier object at shared +0x%x", verb(access.kind), offset),
+            access.site);
+    }
+  }
+  const RunningObserver observer(thread);
+  for_cells(offset, access.bytes, [&](uintptr_t at, uint8_t mask) {
+    Cell& cell = block.cells[at / 4];
+    check_in_flight(cell, access);
+    if (!hooked) return;
+    if (!access.overwrites() && (mask & ~cell.written) != 0) {
+      fault("uninitialised", format("%s of shared +0x%x, which nobody has written", verb(access.kind), offset),
+            access.site);
+    }
+    if (writes(access.kind)) cell.written |= mask;
+    const Record now = record_now(thread, access.kind, mask, access.site);
+    Record earlier;
+    if (!cell.access(now, observer, earlier)) {
+      report_race(now, earlier, access.bytes, reinterpret_cast<uintptr_t>(access.p));
+    }
+  });
+}
+
+// True if it lies in the module's constants or the kernel's parameters: then there is nothing to race.
+bool check_bounds(const Touch& access, uintptr_t address) {
+  bool inside = buffers.empty(), written = buffers.empty();
+  for (Buffer& buffer : buffers) {
+    if (address < buffer.begin || address + access.bytes > buffer.end) continue;
+    inside = true;
+    if (buffer.unwritten.empty()) {
+      written = true;
+      continue;
+    }
+    const auto begin = buffer.unwritten.begin() + long(address - buffer.begin), end = begin + long(access.bytes);
+    if (access.overwrites()) std::fill(begin, end, false);
+    if (std::find(begin, end, true) == end) written = true;
+  }
+  if (hooked && inside && !access.overwrites() && !written) {
+    fault("uninitialised",
+          format("%s of %u bytes at %s, which nobody has written", verb(access.kind), access.bytes,
+                 name_of_address(address).c_str()),
+          access.site);
+  }
+  if (inside && !buffers.empty()) return false;
+  if (is_argument(address, access.bytes)) return true;
+  const Image image = image_of(machine.config.kernel);
+  if (image.begin <= address && address < image.end) {
+    if (!writes(access.kind)) return true;
+    fault("bounds", format("%s of a static variable: kernels have none", verb(access.kind)), access.site);
+  }
+  if (inside) return false;
+  fault("bounds",
+        format("%s of %u bytes outside device memory, %s", verb(access.kind), access.bytes, nearest(address).c_str()),
+        access.site);
+}
+
+void touch_global(const Touch& access, uintptr_t address) {
+  if (check_bounds(access, address)) return;
+  if (auditing) audit(access.site, Space::global, access.kind, address, access.bytes);
+  if (!hooked) return;
+  Thread& thread = *running;
+  const RunningObserver observer(thread);
+  for_cells(address, access.bytes, [&](uintptr_t at, uint8_t mask) {
+    Cell& cell = global_cell(at);
+    const Record& write = cell.last_write();
+    if (access.read_only && (write.bytes & mask) != 0 && write.block >= machine.first_serial) {
+      fault("read-only",
+            format("ld.global.nc of %s, which this kernel writes, at %s", name_of_address(address).c_str(),
+                   source_line(write.site).c_str()),
+            access.site);
+    }
+    const Record now = record_now(thread, access.kind, mask, access.site);
+    Record earlier;
+    if (!cell.access(now, observer, earlier)) report_race(now, earlier, access.bytes, address);
+  });
+}
+
+}  // namespace
+
+void touch(const Touch& access) {
+  Thread& thread = *running;
+  const auto address = reinterpret_cast<uintptr_t>(access.p);
+  if (thread.fiber.holds(address)) return;  // its own local memory
+  thread.site = access.site;
+  if (machine.options.schedule == Schedule::random && machine.random.below(64) == 0) yield();
+  if (++thread.quiet_accesses > kRunaway) fault("runaway", "a loop without end", access.site);
+  if (access.aligned && address % access.bytes != 0) {
+    fault("misaligned",
+          format("%s of %u bytes at %s", verb(access.kind), access.bytes, name_of_address(address).c_str()),
+          access.site);
+  }
+  const auto shared = reinterpret_cast<uintptr_t>(thread.block->shared);
+  if (address - (shared - kGuardBytes) < machine.config.shared_bytes + 2 * kGuardBytes) {
+    touch_shared(thread, access, uint32_t(address - shared));
+    if (auditing) audit(access.site, Space::shared, access.kind, address - shared, access.bytes);
+  } else {
+    touch_global(access, address);
+  }
+  if (writes(access.kind)) wake_pollers(address, access.bytes);
+}
+
+void touch_shared_as(Thread& thread, const Touch& access) {
+  const auto shared = reinterpret_cast<uintptr_t>(thread.block->shared);
+  touch_shared(thread, access, uint32_t(reinterpret_cast<uintptr_t>(access.p) - shared));
+}
+
+void recheck_global_read(const Thread& thread, const void* p, uint32_t bytes, const void* site) {
+  if (!hooked) return;
+  const RunningObserver observer(thread);
+  const auto address = reinterpret_cast<uintptr_t>(p);
+  for_cells(address, bytes, [&](uintptr_t at, uint8_t mask) {
+    const Record now = record_now(thread, Access::read, mask, site);
+    Record earlier;
+    if (!global_cell(at).access(now, observer, earlier)) report_race(now, earlier, bytes, address);
+  });
+}
+
+uint32_t shared_offset(uint32_t address) { return address - machine.shared_base; }
+
+uint8_t* shared_pointer(uint32_t address, uint32_t bytes, uint32_t alignment, const char* what) {
+  const uint32_t offset = shared_offset(address);
+  if (uint64_t(offset) + bytes > machine.config.shared_bytes) {
+    fault("bounds",
+          format("%s of %u bytes at byte %d of the block's %u bytes of shared memory", what, bytes, int(offset),
+                 machine.config.shared_bytes),
+          running->site);
+  }
+  if (address % alignment != 0) {
+    fault("misaligned", format("%s at shared address 0x%x, which must be a multiple of %u", what, address, alignment),
+          running->site);
+  }
+  return running->block->shared + offset;
+}
+
+void* shared_memory(size_t bytes) {
+  running->site = MOE_SIMT_SITE;
+  if (bytes > machine.config.shared_bytes) {
+    fault("bounds", format("a shared layout of %zu bytes in a block that has %u", bytes, machine.config.shared_bytes),
+          running->site);
+  }
+  return running->block->shared;
+}
+
+uint32_t cvta_to_shared(const void* p) {
+  const auto offset = reinterpret_cast<uintptr_t>(p) - reinterpret_cast<uintptr_t>(running->block->shared);
+  if (offset > machine.config.shared_bytes) fault("bounds", "cvta of a pointer outside shared memory", MOE_SIMT_SITE);
+  return machine.shared_base + uint32_t(offset);
+}
+
+void ld_shared(void* value, uint32_t address, uint32_t bytes) {
+  running->site = MOE_SIMT_SITE;
+  const uint8_t* const p = shared_pointer(address, bytes, bytes, "ld.shared");
+  touch({p, bytes, Access::read, MOE_SIMT_SITE});
+  std::memcpy(value, p, bytes);
+}
+
+void st_shared(uint32_t address, const void* value, uint32_t bytes) {
+  running->site = MOE_SIMT_SITE;
+  uint8_t* const p = shared_pointer(address, bytes, bytes, "st.shared");
+  touch({p, bytes, Access::write, MOE_SIMT_SITE});
+  std::memcpy(p, value, bytes);
+}
+
+void ld_global(void* value, const void* p, uint32_t bytes, bool read_only) {
+  touch({p, bytes, Access::read, MOE_SIMT_SITE, read_only});
+  std::memcpy(value, p, bytes);
+}
+
+void st_global(void* p, const void* value, uint32_t bytes) {
+  touch({p, bytes, Access::write, MOE_SIMT_SITE});
+  std::memcpy(p, value, bytes);
+}
+
+std::string name_of_address(uintptr_t address) {
+  if (running != nullptr || !machine.resident.empty()) {
+    for (const auto& block : machine.resident) {
+      const uintptr_t offset = address - reinterpret_cast<uintptr_t>(block->shared);
+      if (offset < machine.config.shared_bytes) return format("shared +0x%zx", size_t(offset));
+    }
+  }
+  for (const Buffer& buffer : buffers) {
+    if (buffer.begin <= address && address < buffer.end) {
+      return format("'%s' +0x%zx", buffer.name.c_str(), size_t(address - buffer.begin));
+    }
+  }
+  return format("global memory (%s)", nearest(address).c_str());
+}
+
+void begin_global_epoch(bool programmatic) {
+  if (programmatic) return;  // the accesses of the launch before are still of interest
+  pages.clear();
+  last_page = nullptr;
+  forget_locations();
+}
+
+void register_buffer(const void* p, size_t bytes, const char* name, bool written) {
+  const auto begin = reinterpret_cast<uintptr_t>(p);
+  buffers.push_back({begin, begin + bytes, name, std::vector<bool>(written ? 0 : bytes, true)});
+}
+
+void mark_written(const void* p, size_t bytes) {
+  const auto begin = reinterpret_cast<uintptr_t>(p);
+  for (Buffer& buffer : buffers) {
+    if (buffer.unwritten.empty() || begin >= buffer.end || begin + bytes <= buffer.begin) continue;
+    const uintptr_t from = std::max(begin, buffer.begin), to = std::min(begin + bytes, buffer.end);
+    std::fill(buffer.unwritten.begin() + long(from - buffer.begin), buffer.unwritten.begin() + long(to - buffer.begin),
+              false);
+  }
+}
+
+void unregister_buffer(const void* p) {
+  for (size_t i = buffers.size(); i-- > 0;) {
+    if (buffers[i].begin != reinterpret_cast<uintptr_t>(p)) continue;
+    buffers.erase(buffers.begin() + long(i));
+    return;
+  }
+}
+
+}  // namespace moe::simt

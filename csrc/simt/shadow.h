@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the race detector remembers of memory: for every 4 bytes the accesses that a later one may conflict with.
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+namespace moe::simt {
+
+enum class Access : uint8_t { read, write, atomic_read, atomic_write };
+inline bool writes(Access a) { return a == Access::write || a == Access::atomic_write; }
+inline bool is_atomic(Access a) { return a == Access::atomic_read || a == Access::atomic_write; }
+/// Two unordered accesses race unless both only read or both are atomic.
+inline bool conflict(Access a, Access b) { return (writes(a) || writes(b)) && !(is_atomic(a) && is_atomic(b)); }
+
+struct Record {
+  uint32_t clock = 0;  // of the agent, at the access
+  uint32_t block = 0;  // serial number
+  const void* site = nullptr;
+  uint16_t agent = 0;  // thread of the block
+  uint8_t bytes = 0;   // bit i: byte i of the cell; 0 = no record
+  Access kind = Access::read;
+};
+
+/// Is `earlier` ordered before whatever the observer does now?
+class Observer {
+ public:
+  virtual bool ordered(const Record& earlier) const = 0;
+
+ protected:
+  ~Observer() = default;
+};
+
+class Cell {
+ public:
+  uint8_t written = 0;     // bytes that hold a value somebody wrote; kept for shared memory
+  bool in_flight = false;  // an asynchronous copy was issued into it and not waited for
+
+  /// Records `now`. Returns false, with the other side in `earlier`, if the two race.
+  bool access(const Record& now, const Observer& observer, Record& earlier);
+  /// The asynchronous copy that was issued by `landed.agent` counts as a write from now on.
+  void land(const Record& landed);
+  const Record& last_write() const { return write_; }
+
+ private:
+  // Many agents that did the same kind of access to the same bytes, unordered: the last of each.
+  struct Crowd {
+    Record common;
+    std::vector<uint32_t> clock;  // by agent, 0 = none
+    std::vector<const void*> site;
+  };
+  struct More {
+    std::vector<Record> writes;  // of parts of the cell
+    std::vector<Crowd> crowds;
+  };
+  Record write_, other_;
+  std::unique_ptr<More> more_;
+
+  bool find_conflict(const Record& now, const Observer& observer, Record& earlier) const;
+  void keep_write(const Record& now);
+  void keep_other(const Record& now, const Observer& observer);
+};
+
+}  // namespace moe::simt

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Faults that no run can report, and why each is harmless. The key is "file | what | line of source"."""
+
+HARMLESS: dict[str, str] = {
+    "tests/simt/rules_sync.cu | delete griddepcontrol_launch_dependents | griddepcontrol_launch_dependents();": (
+        "It only lets the next kernel start sooner; without it that starts when this one ends, which is always allowed."
+    ),
+    "tests/simt/rules_async.cu | delete fence_mbarrier_init | fence_mbarrier_init();": (
+        "It publishes the init to the other blocks of a cluster; inside a block the __syncthreads that follows does."
+    ),
+    "csrc/cuda/permute.cuh | off by one < | for (int64_t base = first; base < end; base += kWarp) {": (
+        "At base == end no lane has a slot below end: every id is -1, every f does nothing. A wasted turn."
+    ),
+    "csrc/cuda/permute.cuh | off by one < | for (int base = 0; base < E; base += blockDim.x) {": (
+        "At base == E no thread has an e below E: every count is 0, nothing is stored, the carry stays. A wasted turn."
+    ),
+    "csrc/cuda/permute.cuh | delete __syncwarp | __syncwarp(); #2": (
+        "In scan_experts each lane of warp 0 reads and writes its own number of scratch."
+    ),
+    "csrc/cuda/permute.cuh | off by one < | "
+    "for (int64_t base = int64_t(blockIdx.y) * kWarp * kRowVectors; base < vectors;": (
+        "At base == vectors every lane's `at < vectors` is false, for the load and for the store. A wasted turn."
+    ),
+    "csrc/cuda/unpermute.cuh | off by one < | for (int64_t base = int64_t(blockIdx.y) * kWarp * N; base < args.H; "
+    "base += int64_t(gridDim.y) * kWarp * N) {": (
+        "At base == H no lane is inside: nothing is loaded or stored. A wasted turn."
+    ),
+    "csrc/cuda/unpermute.cuh | off by one < | for (int64_t k = 0; k < args.K; k += kRowsInFlight) {": (
+        "At k == K every `k + i < args.K` is false: r is -1, nothing is there to add. A wasted turn."
+    ),
+    "csrc/cuda/route.cuh | off by one < | for (int e = threadIdx.x; e < E; e += blockDim.x) counts[e] = 0;": (
+        "counts[E] lies in the 16 spare bytes behind counts; nobody reads it."
+    ),
+    "csrc/cuda/route.cuh | off by one < | for (int64_t first = int64_t(blockIdx.x) * tile.tokens; first < args.T; "
+    "first += int64_t(gridDim.x) * tile.tokens) {": (
+        "At first == T the tile has no tokens: nothing is copied or routed, all threads meet the same barriers."
+    ),
+    "csrc/cuda/route.cuh | off by one < | for (int64_t first = int64_t(blockIdx.x) * tile.tokens; first < args.T; "
+    "first += int64_t(gridDim.x) * tile.tokens) { #2": (
+        "At first == T the tile has no tokens: nothing is copied or routed, all threads meet the same barriers."
+    ),
+}

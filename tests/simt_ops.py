@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA kernels on the emulator, as a backend of the tests: public functions on CPU tensors, a seed a call.
+
+The ops moe_kernels_simt::* have the schemas and the backward of moe_kernels::*. Their library is built from csrc/ when
+first asked for (build_support/simt.py), so this needs a source tree and a C++ compiler, no CUDA.
+"""
+
+import functools
+import importlib
+import itertools
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from ctypes import CDLL, c_char_p
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+
+import moe_kernels as mk
+from moe_kernels import autograd, ops, schemas
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMESPACE = "moe_kernels_simt"
+STAGES = ("route", "route_backward", "permute", "permute_backward", "unpermute", "unpermute_backward")
+SEED = "MOE_KERNELS_SIMT_SEED"
+
+
+@functools.cache
+def library() -> CDLL:
+    """Builds, loads and registers; the library for its C functions."""
+    sys.path.insert(0, str(ROOT / "build_support"))
+    path = str(importlib.import_module("simt").build())
+    sys.path.pop(0)
+    global _DEFINITIONS
+    _DEFINITIONS = torch.library.Library(NAMESPACE, "DEF")
+    for name in STAGES:
+        _DEFINITIONS.define(name + schemas.SCHEMAS[name])
+    torch.ops.load_library(path)
+    autograd.install(NAMESPACE, ("route", "permute", "unpermute"))
+    return CDLL(path)
+
+
+@contextmanager
+def audit() -> Iterator[list[dict[str, Any]]]:
+    """Counts the memory accesses of the kernels run inside: one record a place in the source, filled at the end."""
+    records: list[dict[str, Any]] = []
+    library().moe_simt_audit_stop.restype = c_char_p
+    library().moe_simt_audit_start()
+    try:
+        yield records
+    finally:
+        records += json.loads(library().moe_simt_audit_stop())
+
+
+def missing() -> str:
+    """Why the emulator cannot be built here, or ""."""
+    if not (ROOT / "csrc/simt").is_dir():
+        return "the tests run outside a source tree: the emulator is built from csrc/simt"
+    for tool in (os.environ.get("CXX", "c++").split()[-1], "ninja"):
+        if not shutil.which(tool):
+            return f"the emulator is built from source, and {tool} is not on PATH"
+    return ""
+
+
+_FIRST_SEED = int(os.environ.get(SEED, "0"))
+_seeds = itertools.count(_FIRST_SEED)
+
+
+def restart(seed: int = _FIRST_SEED) -> None:
+    """The seed of the next call. Every test begins with the first, so that it fails alone as it fails among others."""
+    global _seeds
+    _seeds = itertools.count(seed)
+
+
+def _on_emulator(function: Callable[..., Any], stage: str) -> Callable[..., Any]:
+    """`function` of moe_kernels.ops with the stage's op replaced. Every call takes the next seed: its schedule."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        library()
+        os.environ[SEED] = str(next(_seeds))
+        op = getattr(torch.ops, NAMESPACE)
+        with mock.patch.object(ops, f"_{stage.upper()}", getattr(op, stage).default):
+            return function(*args, **kwargs)
+
+    return run
+
+
+BACKEND = SimpleNamespace(
+    name="simt", device="cpu", route=_on_emulator(mk.route, "route"), permute=_on_emulator(mk.permute, "permute"),
+    unpermute=_on_emulator(mk.unpermute, "unpermute"),
+)  # fmt: skip
