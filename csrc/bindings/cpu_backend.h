@@ -3,7 +3,6 @@
 #pragma once
 #include "tensors.h"
 
-#define MOE_CPU_OPS
 #define MOE_LIBRARY moe_kernels
 #define MOE_KEY CPU
 
