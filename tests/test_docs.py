@@ -14,7 +14,7 @@ from moe_kernels import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ["route", "permute", "grouped_gemm", "unpermute", "limit_capacity", "sum_scores", "fused_experts"]
-DOCUMENTS = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"]
+DOCUMENTS = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
 # made by a command, or of others
 ELSEWHERE = {"demo_out/demo.json", "config.json", "compile_commands.json", "torch/extension.h"}
 
@@ -80,10 +80,11 @@ def stages() -> list[list[str]]:
 def test_stage_table_matches_the_tree() -> None:
     rows = stages()
     assert [row[0] for row in rows] == STAGES
-    for stem, reference, cpu, binding, test, bench in rows:
+    for stem, reference, cpu, cuda, binding, test, bench in rows:
         assert reference == f"reference.{stem}" and callable(getattr(mk.reference, stem))
         assert callable(getattr(mk, stem))
         assert (cpu, test, bench) == (f"csrc/cpu/{stem}.cpp", f"tests/test_{stem}.py", f"bench/bench_{stem}.py")
+        assert cuda == (f"csrc/cuda/{stem}.cuh" if (ROOT / f"csrc/cuda/{stem}.cu").exists() else "-")
         assert f'"{stem}"' in (ROOT / binding).read_text()
         for path in (cpu, test, bench):
             assert (ROOT / path).exists(), path
