@@ -50,7 +50,7 @@ template <class T> cudaError_t backward(const Shape& s, Outputs& out) {
   std::vector<int32_t> chosen(size_t(s.T) * s.K);
   for (size_t i = 0; i < chosen.size(); ++i) chosen[i] = int32_t((i / s.K + i % s.K * 3) % size_t(s.E));
   chosen[1] = -1;
-  chosen[chosen.size() - size_t(s.K)] = chosen[chosen.size() - 1] = s.E;  // absent, too
+  chosen[chosen.size() - size_t(s.K)] = chosen[chosen.size() - size_t(s.K) - 1] = s.E;  // absent, too
   std::vector<A> given = numbers<A>(size_t(s.T) * s.K, 3);
   for (A& w : given) w = w * w + A(0.01);
   given[size_t(s.K)] = 0;
