@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 SOURCES := setup.py pyproject.toml $(shell find csrc build_support moe_kernels -type f \
              -not -name '*.pyc' -not -name '*.so' -not -name _build_info.py)
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
-PYTHON_FILES := setup.py build_support moe_kernels tests $(wildcard bench)
+PYTHON_FILES := setup.py build_support moe_kernels tests bench examples
 
 .DELETE_ON_ERROR:
 .PHONY: demo test lint format types bench sanitize compat clean cuda simt mutants audit gpu soak fuzz
