@@ -149,16 +149,16 @@ def call_everything(dtype: torch.dtype) -> set[str]:
     x, w13, w2 = (t.detach().requires_grad_() for t in (case.x, case.w13, case.w2))
     weights, E = case.topk_weights.detach().requires_grad_(), case.w13.shape[0]
     with Seen() as seen:
-        routing = mk.route(torch.randn(9, 8, dtype=dtype, requires_grad=True), 2)
-        routing.topk_weights.sum().backward()
+        logits = torch.randn(9, 8, dtype=dtype, requires_grad=True)
+        routing = mk.route(logits, 2)
+        (routing.topk_weights.sum() + mk.losses.Switch()(mk.losses.LossInputs(logits, routing))).backward()
         mk.fused_experts(x, w13, w2, weights, case.topk_ids).sum().backward()
         rows = mk.permute(x, case.topk_ids, E)
         h = mk.grouped_gemm(rows.x_rows, w13.mT, rows.expert_offsets[1:])
         mk.unpermute(h, rows.slot_to_row, weights).sum().backward()
         packed = mk.pack_experts(case.w13, case.w2)
         mk.fused_experts(case.x, packed, None, case.topk_weights, case.topk_ids)
-        if hasattr(mk, "limit_capacity"):
-            mk.limit_capacity(case.topk_ids, E, 2)
+        mk.limit_capacity(case.topk_ids, E, 2)
     return seen.ops
 
 
