@@ -58,7 +58,6 @@ template <class A> void mask_groups(const RouteArgs& args, const Scratch<A>& w) 
 
 template <class T> void route_token(const RouteArgs& args, int64_t t, const Scratch<acc_t<T>>& w) {
   using A = acc_t<T>;
-  constexpr A infinity = std::numeric_limits<A>::infinity();
   A* weights = static_cast<A*>(args.topk_weights) + t * args.K;
   int32_t* ids = args.topk_ids + t * args.K;
   A* lse = args.lse ? static_cast<A*>(args.lse) + t : nullptr;
