@@ -124,7 +124,7 @@ void check_narrow_ids() {
 }
 
 void check_sum_scores(const Workers& workers) {
-  for (const auto [T, E, B] : {std::tuple<int64_t, int64_t, int64_t>{0, 3, 1}, {130, 5, 1}, {140, 7, 2}, {6, 33, 6}}) {
+  for (const auto& [T, E, B] : {std::tuple<int64_t, int64_t, int64_t>{0, 3, 1}, {130, 5, 1}, {140, 7, 2}, {6, 33, 6}}) {
     const std::vector<float> logits = random<float>(T * E, 3), grads = random<float>(B * E, 4);
     std::vector<float> sums(B * E, 7.f), grad(T * E, 7.f);
     SumScoresArgs args{.T = T,
