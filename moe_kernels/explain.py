@@ -80,7 +80,7 @@ def explain(op: str, *, T: int, H: int, I: int, E: int, K: int, dtype: torch.dty
     asked = f"{op} [T={T}, H={H}, I={I}, E={E}, K={K}] {str(dtype).removeprefix('torch.')} on {name}"
     backend, why = backend_of(op, kind)
     if backend == "reference":
-        if kind == "cuda" and _build.ops_loaded:
+        if kind == "cuda" and _build.ops_loaded and not _build.info()["cuda"]:
             why += f"; the library was built for the CPU only: {_build.info()['cuda_reason']}"
         return Explanation(backend, "plain PyTorch, moe_kernels.reference", [(f"{name} kernel", why)], True, asked)
     level, choices = _LEVEL_AND_CHOICES[kind]
@@ -156,6 +156,23 @@ def _cpu_level(_name: str) -> str:
     return str(_build.info()["isa"])
 
 
+# ---- CUDA: the launcher cuts the tiles
+
+
+def _cuda_choices(op: str, _sizes: Sizes) -> tuple[str, list[tuple[str, str]]]:
+    stage = op.removesuffix("_backward")
+    cut = f"tiles by csrc/cuda/{stage}_tile.h" if stage in ("route", "permute") else "one way for every size"
+    return f"csrc/cuda/{stage}.cuh, {cut}", []
+
+
+def _cuda_level(name: str) -> str:
+    built = str(_build.info()["arch_list"])
+    return name if name.startswith("sm_") else f"({built})"
+
+
 Choices = Callable[[str, Sizes], tuple[str, list[tuple[str, str]]]]
 # kind of device -> (the instruction set or architecture in use, the choices by size)
-_LEVEL_AND_CHOICES: dict[str, tuple[Callable[[str], str], Choices]] = {"cpu": (_cpu_level, _cpu_choices)}
+_LEVEL_AND_CHOICES: dict[str, tuple[Callable[[str], str], Choices]] = {
+    "cpu": (_cpu_level, _cpu_choices),
+    "cuda": (_cuda_level, _cuda_choices),
+}
