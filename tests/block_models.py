@@ -133,7 +133,7 @@ def same(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], eps: f
     The second is for gradients that are zero but for rounding, as that of a bias in front of a softmax.
     """
     assert before.keys() == after.keys()
-    largest = max(float(t.abs().max()) for name, t in before.items() if name.startswith("grad "))
+    largest = max((float(t.abs().max()) for name, t in before.items() if name.startswith("grad ")), default=0.0)
     for name, wanted in before.items():
         floor = 1e-2 * largest if name.startswith("grad ") else 1e-12
         bound = 64 * eps * max(float(wanted.abs().max()), floor)
