@@ -9,9 +9,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = '#include "cuda/route.cuh"\n#include "cuda/permute.cuh"\n#include "cuda/unpermute.cuh"\n'
+SOURCE += '#include "cuda/expert_choice.cuh"\n#include "cuda/sinkhorn.cuh"\n'
 KERNELS = (
     "moe::cuda::route_kernel<moe::bf16>",
     "moe::cuda::route_backward_kernel<float>",
+    "moe::cuda::expert_scores_kernel<moe::bf16>",
+    "moe::cuda::expert_cuts_kernel<float>",
+    "moe::cuda::expert_slots_kernel<double>",
+    "moe::cuda::sinkhorn_kernel<moe::f16>",
     "moe::cuda::permute_index_kernel",
     "moe::cuda::permute_place_kernel",
     "moe::cuda::permute_rows_kernel<uint4>",

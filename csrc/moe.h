@@ -100,6 +100,51 @@ struct LimitCapacityArgs {
   void* workspace;               // limit_capacity_workspace_bytes
 };
 
+/// expert_cuts: what each expert takes of every group of n tokens: the C best of its scores (softmax over the experts),
+/// ties to the lowest token. It is told by the least score taken and the last token taken that has just this score.
+struct ExpertCutsArgs {
+  int64_t T, E, n, C;  // T is a multiple of n, C <= n
+  DType dtype;         // of logits
+  const void* logits;  // [T, E]
+  int64_t logits_stride;
+  const uint8_t* padding_mask;  // [T], 0 = not a token: never taken, or null
+  void* scores;                 // [E, T] acc, -1 for what is not a token
+  void* least;                  // [T / n, E] acc
+  int32_t* last;                // [T / n, E] a token, -1: none of the least score
+  int32_t* experts_per_token;   // [T]
+  int32_t* tokens_per_expert;   // [E]
+  void* workspace;              // expert_cuts_workspace_bytes on a CPU, null on a GPU
+};
+
+/// expert_choice: the slots of every token from the cuts: experts by descending score, ties to the lowest id, at most
+/// K.
+struct ExpertChoiceArgs {
+  int64_t T, E, n, K;
+  DType dtype;          // acc: of scores, least and topk_weights
+  const void* scores;   // [E, T]
+  const void* least;    // [T / n, E]
+  const int32_t* last;  // [T / n, E]
+  void* topk_weights;   // [T, K]
+  int32_t* topk_ids;    // [T, K], -1 = absent, behind all others
+};
+
+/// sinkhorn: the K best of a transport plan whose rows sum to 1/T and whose columns to 1/E. Rows that are not tokens
+/// have no part in it. csrc/sinkhorn.h fixes the order of its sums.
+struct SinkhornArgs {
+  int64_t T, E, K, max_iterations;
+  double tol;          // the mean move of the experts' factors that ends the iteration
+  DType dtype;         // of logits
+  const void* logits;  // [T, E]
+  int64_t logits_stride;
+  const uint8_t* padding_mask;  // [T], 0 = not a token, or null
+  void* plan;                   // [T, E] acc
+  int32_t* iterations;          // [1]
+  void* topk_weights;           // [T, K] acc: sigmoid of the logit for K = 1, else softmax over all of them
+  int32_t* topk_ids;            // [T, K], -1 = absent
+  int32_t* tokens_per_expert;   // [E]
+  void* workspace;              // sinkhorn_workspace_bytes, of the device
+};
+
 /// permute_index: stable counting sort of the slots by expert. Each expert's rows start at a multiple of align.
 struct PermuteIndexArgs {
   int64_t S, E, P, align;
@@ -232,6 +277,11 @@ void sum_scores(const SumScoresArgs&, const Workers&);
 void sum_scores_backward(const SumScoresArgs&, const Workers&);
 int64_t limit_capacity_workspace_bytes(const LimitCapacityArgs&, const Workers&);
 void limit_capacity(const LimitCapacityArgs&, const Workers&);
+int64_t expert_cuts_workspace_bytes(const ExpertCutsArgs&, const Workers&);
+void expert_cuts(const ExpertCutsArgs&, const Workers&);
+void expert_choice(const ExpertChoiceArgs&, const Workers&);
+int64_t sinkhorn_workspace_bytes(const SinkhornArgs&, const Workers&);
+void sinkhorn(const SinkhornArgs&, const Workers&);
 void permute_index(const PermuteIndexArgs&);
 void permute(const PermuteArgs&, const Workers&);
 void unpermute(const UnpermuteArgs&, const Workers&);

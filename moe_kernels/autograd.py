@@ -36,6 +36,28 @@ def _route_backward(
     return ops.route_backward.default(grad_weights, grad_lse, *ctx.saved_tensors, *rule), *none
 
 
+# ---- expert_choice, sinkhorn: the choice has no gradient, the weights that of route for the same ids
+
+_PLAIN = (False, 0.0, 1.0, 0.0)  # not renormalised, eps, scale, no softcap
+
+
+def _chosen_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    topk_weights, topk_ids, *rest = output
+    ctx.scoring, ctx.arguments = int(bool(rest) and topk_ids.shape[1] == 1), len(inputs)
+    ctx.save_for_backward(inputs[0], topk_ids, topk_weights)
+    ctx.mark_non_differentiable(topk_ids, *rest)
+    ctx.set_materialize_grads(False)
+
+
+def _chosen_backward(ops: Any, ctx: Any, grad_weights: Tensor | None, *_rest: None) -> Any:
+    none = (None,) * (ctx.arguments - 1)
+    if grad_weights is None:
+        return None, *none
+    logits, topk_ids, topk_weights = ctx.saved_tensors
+    rule = (ctx.scoring, *_PLAIN)
+    return ops.route_backward.default(grad_weights, None, logits, topk_ids, topk_weights, *rule), *none
+
+
 # ---- sum_scores: keeps the logits
 
 
@@ -143,6 +165,8 @@ def _fused_experts_backward(ops: Any, ctx: Any, grad_y: Tensor | None, _hidden: 
 
 _FORMULAS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "route": (_route_backward, _route_setup),
+    "expert_choice": (_chosen_backward, _chosen_setup),
+    "sinkhorn": (_chosen_backward, _chosen_setup),
     "sum_scores": (_sum_scores_backward, _sum_scores_setup),
     "permute": (_permute_backward, _permute_setup),
     "grouped_gemm": (_grouped_gemm_backward, _grouped_gemm_setup),

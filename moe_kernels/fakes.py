@@ -41,6 +41,28 @@ def _limit_capacity(topk_ids, num_experts, capacity, group_size):
     return topk_ids.new_empty(topk_ids.shape, dtype=torch.bool)
 
 
+@register_fake(f"{NAMESPACE}::expert_cuts")
+def _expert_cuts(logits, count, group_size, padding_mask):
+    (T, E), acc = logits.shape, acc_dtype(logits.dtype)
+    return (logits.new_empty((E, T), dtype=acc), logits.new_empty((T // group_size, E), dtype=acc),
+            logits.new_empty((T // group_size, E), dtype=_INT), logits.new_empty((T,), dtype=_INT),
+            logits.new_empty((E,), dtype=_INT))  # fmt: skip
+
+
+@register_fake(f"{NAMESPACE}::expert_choice")
+def _expert_choice(logits, scores, least, last, slots):
+    T = logits.shape[0]
+    return scores.new_empty((T, slots)), scores.new_empty((T, slots), dtype=_INT)
+
+
+@register_fake(f"{NAMESPACE}::sinkhorn")
+def _sinkhorn(logits, top_k, *_):
+    (T, E), acc = logits.shape, acc_dtype(logits.dtype)
+    return (logits.new_empty((T, top_k), dtype=acc), logits.new_empty((T, top_k), dtype=_INT),
+            logits.new_empty((E,), dtype=_INT), logits.new_empty((T, E), dtype=acc),
+            logits.new_empty((1,), dtype=_INT))  # fmt: skip
+
+
 @register_fake(f"{NAMESPACE}::permute")
 def _permute(x, topk_ids, num_experts, align):
     S, H = topk_ids.shape[0] * topk_ids.shape[1], x.shape[1]

@@ -110,6 +110,18 @@ def limit_capacity(topk_ids, num_experts, capacity, group_size):
     return reference.limit_capacity(topk_ids, num_experts, capacity, group_size=group_size)
 
 
+def expert_cuts(logits, count, group_size, padding_mask):
+    return reference.expert_cuts(logits, count, group_size, padding_mask=padding_mask)
+
+
+def expert_choice(logits, scores, least, last, slots):
+    return reference.expert_slots(scores, least, last, slots)
+
+
+def sinkhorn(logits, top_k, tol, max_iterations, padding_mask):
+    return tuple(reference.sinkhorn(logits, top_k, tol, max_iterations, padding_mask=padding_mask))
+
+
 def permute(x, topk_ids, num_experts, align):
     return tuple(reference.permute(x, topk_ids, num_experts, align=align))
 

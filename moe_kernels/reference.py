@@ -172,6 +172,94 @@ def limit_capacity(topk_ids: Tensor, num_experts: int, capacity: int, *, group_s
     return torch.cat(dropped)
 
 
+# ---- expert choice: cuts, then slots
+
+
+def expert_cuts(
+    logits: Tensor, count: int, group_size: int, *, padding_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """logits [T, E] -> scores [E, T] (-1: no token), and for the `count` best tokens of every expert in every group of n,
+    ties to the lowest: least [T/n, E] their least score, last [T/n, E] the last of just this one, -1 for none; then
+    experts_per_token [T] and tokens_per_expert [E]."""
+    T, n = logits.shape[0], group_size
+    s = scores(logits)[1]
+    s = (s if padding_mask is None else torch.where(padding_mask[:, None], s, -1.0)).T.contiguous()
+    columns = s.reshape(s.shape[0], T // n, n)  # [E, T/n, n]
+    order = select(columns.flatten(0, 1), count).reshape(*columns.shape[:2], count)
+    worst = order[..., -1:]
+    least = columns.gather(2, worst).squeeze(2)
+    first = torch.arange(T // n, device=s.device) * n
+    last = torch.where(least >= 0, worst.squeeze(2) + first, -1)
+    taken = torch.zeros_like(columns, dtype=torch.bool).scatter(2, order, True) & (columns >= 0)
+    return (s, least.T.contiguous(), last.T.contiguous().int(), taken.sum(0).flatten().int(),
+            taken.sum((1, 2)).int())  # fmt: skip
+
+
+def expert_slots(scores: Tensor, least: Tensor, last: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+    """What expert_cuts returns -> topk_weights and topk_ids [T, slots]: a token's experts, best first, then -1."""
+    T = scores.shape[1]
+    group = torch.arange(T, device=scores.device) // max(T // max(len(least), 1), 1)
+    s, t = scores.T, torch.arange(T, device=scores.device)[:, None]
+    taken = (s > least[group]) | ((s == least[group]) & (t <= last[group]))
+    ids = select(torch.where(taken, s, -1.0), slots)
+    present = taken.gather(1, ids)
+    return torch.where(present, s.gather(1, ids), 0.0), torch.where(present, ids, -1).int()
+
+
+def expert_choice(
+    logits: Tensor, count: int, group_size: int, *, slots: int | None = None, padding_mask: Tensor | None = None
+) -> Routing:
+    """logits [T, E] -> Routing: every expert takes its `count` best tokens of every group; slots None: as many as needed."""
+    _, least, last, per_token, counts = expert_cuts(logits.detach(), count, group_size, padding_mask=padding_mask)
+    s = scores(logits)[1]
+    s = s if padding_mask is None else torch.where(padding_mask[:, None], s, -1.0)
+    slots = max(int(per_token.max()), 1) if slots is None else slots
+    return Routing(*expert_slots(s.T, least, last, slots), counts, None, None)
+
+
+# ---- sinkhorn
+
+
+class Balanced(NamedTuple):
+    """What `sinkhorn` returns."""
+
+    topk_weights: Tensor
+    """acc [T, K] sigmoid of the logit for K = 1, softmax over all logits for more"""
+    topk_ids: Tensor
+    """int32 [T, K] the best experts of the plan, best first, -1 for what is not a token"""
+    tokens_per_expert: Tensor
+    """int32 [E]"""
+    plan: Tensor
+    """acc [T, E], its rows sum to 1/T and its columns to 1/E"""
+    iterations: Tensor
+    """int32 [1]"""
+
+
+def sinkhorn(
+    logits: Tensor, top_k: int, tol: float = 1e-4, max_iterations: int = 1000, *, padding_mask: Tensor | None = None
+) -> Balanced:
+    """logits [T, E] -> Balanced. Until the factors d1 of the columns move by no more than tol in the mean:
+    d0 = (1/T) / (cost d1 + 1e-8), d1 = (1/E) / (cost^T d0 + 1e-8), cost = exp(logits), plan = d0 cost d1."""
+    (_, E), acc = logits.shape, acc_dtype(logits.dtype)
+    l, s = scores(logits, "sigmoid" if top_k == 1 else "softmax")
+    valid = torch.ones_like(l[:, 0], dtype=torch.bool) if padding_mask is None else padding_mask
+    cost = torch.where(valid[:, None], l.detach(), -math.inf)
+    top, T = float(cost.max()) if cost.numel() else 0.0, int(valid.sum())
+    if (logits.dtype.itemsize == 2 and top > -math.inf) or top > (600 if acc == torch.float64 else 60):
+        cost = cost - top  # in half precision always, else where exp might overflow
+    cost = cost.exp()
+    d0, d1, iterations, moved = torch.zeros_like(cost[:, 0]), cost.new_ones(E), 0, math.inf
+    while T > 0 and iterations < max_iterations and moved > tol:
+        d0 = torch.where(valid, 1 / T / (cost @ d1 + 1e-8), 0.0)
+        before, d1 = d1, 1 / E / (d0 @ cost + 1e-8)
+        iterations, moved = iterations + 1, float((d1 - before).abs().mean())
+    plan = d0[:, None] * cost * d1
+    ids = torch.where(valid[:, None], select(plan, top_k), -1)
+    counts = torch.bincount(ids[ids >= 0], minlength=E)
+    done = torch.tensor([iterations], dtype=torch.int32, device=logits.device)
+    return Balanced(weigh(s, ids, False, 0.0, 1.0), ids.int(), counts.int(), plan, done)
+
+
 # ---- permute
 
 

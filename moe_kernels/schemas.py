@@ -32,6 +32,16 @@ SCHEMAS = {
     "SymInt groups, Tensor? padding_mask) -> Tensor",
     # topk_ids [T, K] -> dropped [T, K] bool
     "limit_capacity": "(Tensor topk_ids, int num_experts, SymInt capacity, SymInt group_size) -> Tensor",
+    # logits [T, E] -> scores [E, T] acc, least [T/group_size, E] acc, last [T/group_size, E] i32,
+    # experts_per_token [T] i32, tokens_per_expert [E] i32: the `count` best tokens of every expert in every group
+    "expert_cuts": "(Tensor logits, SymInt count, SymInt group_size, Tensor? padding_mask) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    # logits [T, E] and what expert_cuts made of them -> topk_weights [T, slots] acc, topk_ids [T, slots] i32
+    "expert_choice": "(Tensor logits, Tensor scores, Tensor least, Tensor last, int slots) -> (Tensor, Tensor)",
+    # logits [T, E] -> topk_weights [T, K] acc, topk_ids [T, K] i32, tokens_per_expert [E] i32, plan [T, E] acc,
+    # iterations [1] i32
+    "sinkhorn": "(Tensor logits, int top_k, float tol, int max_iterations, Tensor? padding_mask) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     # x [T, H], topk_ids [T, K] -> x_rows [P, H], row_to_slot [P] i32, slot_to_row [S] i32, expert_offsets [E+1] i32
     "permute": "(Tensor x, Tensor topk_ids, int num_experts, int align) -> (Tensor, Tensor, Tensor, Tensor)",
     # grad_rows [P, H] -> grad of x [T, H]

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 
 import moe_kernels as mk
 from moe_kernels import _build, reference
+from moe_kernels.routers import assignment, expert_choice
 
 STRICT = "MOE_KERNELS_STRICT"
 
@@ -50,12 +51,13 @@ def _seed_and_poison() -> Iterator[None]:
 
 CPU = SimpleNamespace(
     name="cpu", route=mk.route, limit_capacity=mk.limit_capacity, permute=mk.permute, grouped_gemm=mk.grouped_gemm,
-    unpermute=mk.unpermute, fused_experts=mk.fused_experts, device="cpu",
+    unpermute=mk.unpermute, fused_experts=mk.fused_experts, expert_choice=expert_choice.choose,
+    sinkhorn=assignment.balance, device="cpu",
 )  # fmt: skip
 REFERENCE = SimpleNamespace(
     name="reference", route=reference.route, limit_capacity=reference.limit_capacity, permute=reference.permute,
     grouped_gemm=reference.grouped_gemm, unpermute=reference.unpermute, fused_experts=reference.fused_experts,
-    device="cpu",
+    expert_choice=reference.expert_choice, sinkhorn=reference.sinkhorn, device="cpu",
 )  # fmt: skip
 
 
@@ -70,9 +72,10 @@ def _on_gpu(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 CUDA = SimpleNamespace(
-    name="cuda", route=_on_gpu(mk.route), permute=_on_gpu(mk.permute), unpermute=_on_gpu(mk.unpermute), device="cuda"
-)
-EMULATED = ("test_route", "test_permute", "test_unpermute")  # the stages that have CUDA kernels
+    name="cuda", route=_on_gpu(mk.route), permute=_on_gpu(mk.permute), unpermute=_on_gpu(mk.unpermute),
+    expert_choice=_on_gpu(expert_choice.choose), sinkhorn=_on_gpu(assignment.balance), device="cuda",
+)  # fmt: skip
+EMULATED = ("test_route", "test_permute", "test_unpermute", "test_expert_choice", "test_sinkhorn")  # the stages that have CUDA kernels
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

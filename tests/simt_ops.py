@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from ctypes import CDLL, c_char_p
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,10 +24,12 @@ import torch
 
 import moe_kernels as mk
 from moe_kernels import autograd, ops, schemas
+from moe_kernels.routers import assignment, expert_choice
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMESPACE = "moe_kernels_simt"
 STAGES = ("route", "route_backward", "permute", "permute_backward", "unpermute", "unpermute_backward")
+ROUTERS = ("expert_cuts", "expert_choice", "sinkhorn")
 SEED = "MOE_KERNELS_SIMT_SEED"
 
 
@@ -39,10 +41,10 @@ def library() -> CDLL:
     sys.path.pop(0)
     global _DEFINITIONS
     _DEFINITIONS = torch.library.Library(NAMESPACE, "DEF")
-    for name in STAGES:
+    for name in STAGES + ROUTERS:
         _DEFINITIONS.define(name + schemas.SCHEMAS[name])
     torch.ops.load_library(path)
-    autograd.install(NAMESPACE, ("route", "permute", "unpermute"))
+    autograd.install(NAMESPACE, ("route", "permute", "unpermute", "expert_choice", "sinkhorn"))
     return CDLL(path)
 
 
@@ -78,6 +80,38 @@ def restart(seed: int = _FIRST_SEED) -> None:
     _seeds = itertools.count(seed)
 
 
+# ---- whole layers and routers: every name under which the package calls an op that has a CUDA kernel
+
+_CALLED = {
+    (ops, "_ROUTE"): "route", (ops, "_PERMUTE"): "permute", (ops, "_UNPERMUTE"): "unpermute",
+    (expert_choice, "_CUTS"): "expert_cuts", (expert_choice, "_SLOTS"): "expert_choice",
+    (assignment, "_SINKHORN"): "sinkhorn",
+}  # fmt: skip
+
+
+@contextmanager
+def everywhere() -> Iterator[None]:
+    """All ops that have CUDA kernels run them on the emulator, in whatever calls them. The next seed."""
+    library()
+    os.environ[SEED] = str(next(_seeds))
+    with ExitStack() as stack:
+        for (module, name), stage in _CALLED.items():
+            op = getattr(getattr(torch.ops, NAMESPACE), stage).default
+            stack.enter_context(mock.patch.object(module, name, op))
+        yield
+
+
+def _in_turn(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with every op on the emulator."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with everywhere():
+            return function(*args, **kwargs)
+
+    return run
+
+
 def _on_emulator(function: Callable[..., Any], stage: str) -> Callable[..., Any]:
     """`function` of moe_kernels.ops with the stage's op replaced. Every call takes the next seed: its schedule."""
 
@@ -94,5 +128,6 @@ def _on_emulator(function: Callable[..., Any], stage: str) -> Callable[..., Any]
 
 BACKEND = SimpleNamespace(
     name="simt", device="cpu", route=_on_emulator(mk.route, "route"), permute=_on_emulator(mk.permute, "permute"),
-    unpermute=_on_emulator(mk.unpermute, "unpermute"),
+    unpermute=_on_emulator(mk.unpermute, "unpermute"), expert_choice=_in_turn(expert_choice.choose),
+    sinkhorn=_in_turn(assignment.balance),
 )  # fmt: skip

@@ -32,6 +32,11 @@ def samples(dtype=torch.float32):
     )
     yield "sum_scores", (logits, 1, True, 3.0, 2, torch.arange(6) < 4)
     yield "sum_scores_backward", (torch.rand(2, 8, dtype=dtype), logits, 0, False, 0.0, 2, None)
+    cuts = OPS.expert_cuts(logits, 2, 3, torch.arange(6) < 4)
+    yield "expert_cuts", (logits, 2, 3, torch.arange(6) < 4)
+    yield "expert_choice", (logits, *cuts[:3], 5)
+    yield "sinkhorn", (logits, 1, 1e-4, 100, None)
+    yield "sinkhorn", (logits, 3, 1e-4, 100, torch.arange(6) < 4)
     yield "limit_capacity", (r.topk_ids, 8, 2, 4)
     yield "permute", (case.x, r.topk_ids, 8, 4)
     yield "permute_backward", (torch.randn_like(p.x_rows), p.slot_to_row, 6)
@@ -52,7 +57,7 @@ def samples(dtype=torch.float32):
     yield "fused_experts_packed", (case.x, *packed, 5, weights, ids, *tail, False, 7.0, 1.702)
 
 
-DIFFERENTIABLE = ("route", "permute", "grouped_gemm", "unpermute", "fused_experts")
+DIFFERENTIABLE = ("route", "expert_choice", "sinkhorn", "permute", "grouped_gemm", "unpermute", "fused_experts")
 
 
 @pytest.mark.parametrize("gradient", [False, True])

@@ -26,6 +26,17 @@ void run(const Tensor& like, RouteBackwardArgs& args) {
   const Tensor space = route_workspace(like, args, workers);
   cpu::route_backward(args, workers);
 }
+void run(const Tensor& like, ExpertCutsArgs& args) {
+  const Workers workers = torch_workers();
+  const Tensor space = workspace(like, cpu::expert_cuts_workspace_bytes, args, workers);
+  cpu::expert_cuts(args, workers);
+}
+void run(const Tensor&, const ExpertChoiceArgs& args) { cpu::expert_choice(args, torch_workers()); }
+void run(const Tensor& like, SinkhornArgs& args) {
+  const Workers workers = torch_workers();
+  const Tensor space = workspace(like, cpu::sinkhorn_workspace_bytes, args, workers);
+  cpu::sinkhorn(args, workers);
+}
 void run(const Tensor&, const NarrowIdsArgs& args) { cpu::narrow_ids(args); }
 void run(const Tensor&, const PermuteIndexArgs& args) { cpu::permute_index(args); }
 void run(const Tensor&, const PermuteArgs& args) { cpu::permute(args, torch_workers()); }

@@ -183,3 +183,5 @@ STABLE_TORCH_LIBRARY_IMPL(MOE_LIBRARY, MOE_KEY, m) {
 }
 
 }  // namespace moe::binding
+
+#include "router_ops.h"

@@ -11,10 +11,14 @@ constexpr bool kChecksIds = true;
 
 int64_t device_bytes(const PermuteIndexArgs& args) { return cuda::permute_index_workspace_bytes(args.S, args.E); }
 int64_t device_bytes(const UnpermuteBackwardArgs& args) { return cuda::unpermute_backward_workspace_bytes(args.P); }
+int64_t device_bytes(const SinkhornArgs& args) { return cuda::sinkhorn_workspace_bytes(args.T, args.E, args.dtype); }
+template <class Args> constexpr bool kWantsSpace = std::is_same_v<Args, PermuteIndexArgs> ||
+                                                   std::is_same_v<Args, UnpermuteBackwardArgs> ||
+                                                   std::is_same_v<Args, SinkhornArgs>;
 
 /// Sets args.workspace where the stage wants one.
 template <class Args> Tensor device_workspace(const Tensor& like, Args& args) {
-  if constexpr (std::is_same_v<Args, PermuteIndexArgs> || std::is_same_v<Args, UnpermuteBackwardArgs>) {
+  if constexpr (kWantsSpace<Args>) {
     Tensor space = empty(like, {device_bytes(args)}, ScalarType::Byte);
     args.workspace = space.mutable_data_ptr();
     return space;
@@ -39,6 +43,11 @@ void queue(const UnpermuteArgs& args, cudaStream_t stream) { succeed("unpermute"
 void queue(const UnpermuteBackwardArgs& args, cudaStream_t stream) {
   succeed("unpermute_backward", cuda::unpermute_backward(args, stream));
 }
+void queue(const ExpertCutsArgs& args, cudaStream_t stream) { succeed("expert_cuts", cuda::expert_cuts(args, stream)); }
+void queue(const ExpertChoiceArgs& args, cudaStream_t stream) {
+  succeed("expert_choice", cuda::expert_choice(args, stream));
+}
+void queue(const SinkhornArgs& args, cudaStream_t stream) { succeed("sinkhorn", cuda::sinkhorn(args, stream)); }
 
 }  // namespace
 }  // namespace moe::binding

@@ -43,6 +43,29 @@ void declare(Buffers& buffers, const Tensor&, const RouteBackwardArgs& a) {
   buffers.in("topk_ids", a.topk_ids, S * 4), buffers.in("topk_weights", a.topk_weights, S * acc);
   buffers.out("grad_logits", a.grad_logits, a.T * a.E * dtype_bytes(a.dtype));
 }
+void declare(Buffers& buffers, const Tensor&, const ExpertCutsArgs& a) {
+  const int64_t acc = acc_bytes(a.dtype), cuts = a.T / a.n * a.E;
+  buffers.in("logits", a.logits, extent(a.T, a.E, a.logits_stride, dtype_bytes(a.dtype)));
+  buffers.in("padding_mask", a.padding_mask, a.T), buffers.out("scores", a.scores, a.T * a.E * acc);
+  buffers.out("least", a.least, cuts * acc), buffers.out("last", a.last, cuts * 4);
+  buffers.out("experts_per_token", a.experts_per_token, a.T * 4);
+  buffers.out("tokens_per_expert", a.tokens_per_expert, a.E * 4);
+}
+void declare(Buffers& buffers, const Tensor&, const ExpertChoiceArgs& a) {
+  const int64_t acc = acc_bytes(a.dtype), cuts = a.T / a.n * a.E;
+  buffers.in("scores", a.scores, a.T * a.E * acc), buffers.in("least", a.least, cuts * acc);
+  buffers.in("last", a.last, cuts * 4), buffers.out("topk_weights", a.topk_weights, a.T * a.K * acc);
+  buffers.out("topk_ids", a.topk_ids, a.T * a.K * 4);
+}
+void declare(Buffers& buffers, const Tensor&, const SinkhornArgs& a) {
+  const int64_t acc = acc_bytes(a.dtype);
+  buffers.in("logits", a.logits, extent(a.T, a.E, a.logits_stride, dtype_bytes(a.dtype)));
+  buffers.in("padding_mask", a.padding_mask, a.T), buffers.out("plan", a.plan, a.T * a.E * acc);
+  buffers.out("iterations", a.iterations, 4), buffers.out("topk_weights", a.topk_weights, a.T * a.K * acc);
+  buffers.out("topk_ids", a.topk_ids, a.T * a.K * 4);
+  buffers.out("tokens_per_expert", a.tokens_per_expert, a.E * 4),
+      buffers.out("workspace", a.workspace, device_bytes(a));
+}
 void declare(Buffers& buffers, const Tensor&, const NarrowIdsArgs& a) {
   buffers.in("topk_ids", a.topk_ids, a.S * (a.ids64 ? 8 : 4));
   buffers.in("expert_map", a.expert_map, a.map_size * (a.map64 ? 8 : 4)), buffers.out("narrow", a.narrow, a.S * 4);

@@ -52,6 +52,7 @@ template <class A> struct Math {
   /// The same as `act`, and the gradients of scale * grad_out through it (grad_up only where up is given).
   void (*activate_backward)(const ActivationRule&, A scale, const A* gate, const A* up, const A* grad_out, A* grad_gate,
                             A* grad_up, A* act, int64_t count);
+  void (*exp)(A* row, A shift, int64_t count);   // row = exp(row - shift)
   A (*exp_sum)(A* row, A shift, int64_t count);  // row = exp(row - shift); returns the sum, in lane order
   void (*sigmoid)(A* row, int64_t count);
   A (*max)(const A* row, int64_t count);
@@ -64,6 +65,7 @@ template <class A> struct Math {
   /// only -inf is left. values is used up and needs room for whole vectors.
   int64_t (*top_k)(A* values, int64_t count, int64_t k, int32_t* best);
   A (*dot)(const A*, const A*, int64_t count);
+  A (*row_dot)(const A*, const A*, int64_t count);         // in the order of a row in csrc/sinkhorn.h, at any level
   void (*axpy)(A scale, const A* x, A* y, int64_t count);  // y += scale * x
 };
 

@@ -12,6 +12,10 @@ namespace moe::cuda {
 
 cudaError_t route(const RouteArgs&, cudaStream_t);
 cudaError_t route_backward(const RouteBackwardArgs&, cudaStream_t);
+cudaError_t expert_cuts(const ExpertCutsArgs&, cudaStream_t);
+cudaError_t expert_choice(const ExpertChoiceArgs&, cudaStream_t);
+int64_t sinkhorn_workspace_bytes(int64_t T, int64_t E, DType);
+cudaError_t sinkhorn(const SinkhornArgs&, cudaStream_t);
 cudaError_t narrow_ids(const NarrowIdsArgs&, cudaStream_t);
 int64_t permute_index_workspace_bytes(int64_t S, int64_t E);
 cudaError_t permute_index(const PermuteIndexArgs&, cudaStream_t);

@@ -7,16 +7,15 @@ expert of every token, without balance. Letters: T tokens, E experts, K experts 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import check, reference
+from .. import check, ops, reference
 from ..ops import Routing
-from ..schemas import acc_dtype
 from .token_choice import Gate, Router, RouterSettings, as_routing
 
 
@@ -71,43 +70,47 @@ class AssignmentGate(Gate):
     def forward(
         self, x: Tensor, *, padding_mask: Tensor | None = None, token_ids: Tensor | None = None
     ) -> tuple[Tensor, Routing]:
-        logits = self.logits(x)
-        s, valid = reference.scores(logits, self.settings.scoring_func)[1], padding_mask
+        logits, rule, options = self.logits(x), self.rule, self.settings.options()
         if not self.training or x.shape[0] == 0:
-            ids = reference.select(s.detach(), self.top_k)
-        elif isinstance(self.rule, Base):
-            ids = self._each(balanced_assignment, logits, valid)[:, None]
-        else:
-            rule = self.rule
-            plan = self._each(lambda l: sinkhorn(l, rule.tol, rule.max_iterations)[0], logits, valid)
-            ids = reference.select(plan, self.top_k)
-        return logits, as_routing(s.gather(1, ids), ids, padding_mask, self.num_experts)
-
-    def _each(self, rule: Callable[[Tensor], Tensor], logits: Tensor, valid: Tensor | None) -> Tensor:
-        """rule(logits of the tokens that are no padding), 0 for the others."""
+            return logits, ops.route(logits, self.top_k, padding_mask=padding_mask, **options)
+        if isinstance(rule, Sinkhorn):
+            found = balance(logits, self.top_k, rule.tol, rule.max_iterations, padding_mask=padding_mask)
+            return logits, Routing(*found[:3], None, None)
+        s, valid = reference.scores(logits, self.settings.scoring_func)[1], padding_mask
         if valid is None:
-            return rule(logits.detach())
-        found = rule(logits.detach()[valid])
-        whole = found.new_zeros((logits.shape[0], *found.shape[1:]))
-        whole[valid] = found
-        return whole
+            ids = balanced_assignment(logits.detach())
+        else:
+            found = balanced_assignment(logits.detach()[valid])
+            ids = found.new_zeros(len(logits)).masked_scatter(valid, found)
+        return logits, as_routing(s.gather(1, ids[:, None]), ids[:, None], padding_mask, self.num_experts)
+
+
+_SINKHORN = torch.ops.moe_kernels.sinkhorn.default
+
+
+def balance(
+    logits: Tensor, top_k: int, tol: float = 1e-4, max_iterations: int = 1000, *, padding_mask: Tensor | None = None
+) -> reference.Balanced:
+    """The K best experts of every token by a transport plan that is balanced over the experts.
+
+    Args:
+        logits: floating [T, E]. NaN counts as -inf.
+        top_k: K, 1..E; ties of the plan go to the lowest id.
+        tol, max_iterations: the iteration ends when the experts' factors move by no more than tol in the mean.
+        padding_mask: bool [T]; what is no token has no part in the plan.
+    Returns:
+        Balanced: topk_weights, topk_ids, tokens_per_expert, plan, iterations. Differentiable in logits through
+        topk_weights, keeps O(T*K).
+
+    Errors: RuntimeError for a top_k or a limit out of range. Determinism: bitwise.
+    """
+    return reference.Balanced(*_SINKHORN(logits, top_k, tol, max_iterations, padding_mask))
 
 
 def sinkhorn(logits: Tensor, tol: float = 1e-4, max_iterations: int = 1000) -> tuple[Tensor, int]:
     """logits [T, E] -> the plan acc [T, E], rows of which sum to 1/T and columns to 1/E, and the iterations it took."""
-    l = logits.to(acc_dtype(logits.dtype))
-    if logits.dtype.itemsize < 4:
-        l = l - l.max()
-    (T, E), cost = l.shape, l.exp()
-    d0, d1 = cost.new_ones(T), cost.new_ones(E)
-    iterations = 0
-    while iterations < max_iterations:
-        iterations += 1
-        d0 = 1 / T / (cost @ d1 + 1e-8)
-        before, d1 = d1, 1 / E / (d0 @ cost + 1e-8)
-        if float((d1 - before).abs().mean()) <= tol:
-            break
-    return d0[:, None] * cost * d1, iterations
+    found = balance(logits.detach(), 1, tol, max_iterations)
+    return found.plan, int(found.iterations)
 
 
 def balanced_assignment(scores: Tensor) -> Tensor:

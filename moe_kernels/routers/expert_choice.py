@@ -2,7 +2,9 @@
 """Expert choice: every expert takes its best tokens. Zhou et al. 2022 (arXiv 2202.09368), section 3.
 
 Letters: T tokens, E experts, n tokens of a group, C tokens an expert takes of it. Scores are a softmax over the
-experts; the weight of a token is its score, not renormalised; a token that no expert took has output 0.
+experts; the weight of a token is its score, not renormalised; a token that no expert took has output 0. The choice is
+a kernel (`csrc/cpu/expert_choice.cpp`). With max_experts it is the best of a plan that has to be iterated over [T, E]
+first: that solver runs as torch operations.
 """
 
 from __future__ import annotations
@@ -84,20 +86,47 @@ class ExpertChoiceGate(Gate):
             check.refuse("ExpertChoice", "the sequence", want + "token at a time needs allow_noncausal=True", "1")
         n = tokens_of("ExpertChoice", rule.group, T, sequence_length)
         logits = self.logits(x)
+        C = min(max(int(n * self._factor() / E), 1), max(n, 1))
+        if rule.max_experts is None:
+            return logits, choose(logits, C, n, padding_mask=padding_mask)
         s = reference.scores(logits)[1]
         if T == 0:
             return logits, slots_of(s, torch.zeros_like(s, dtype=torch.bool), rule.max_experts)
         choice = s.detach() if padding_mask is None else torch.where(padding_mask[:, None], s.detach(), -1.0)
-        C = min(max(int(n * self._factor() / E), 1), n)
-        plan = choice.reshape(-1, n, E)
-        if rule.max_experts is not None:
-            plan = capped_plan(plan, C, rule.max_experts, rule.entropy, rule.iterations)
+        plan = capped_plan(choice.reshape(-1, n, E), C, rule.max_experts, rule.entropy, rule.iterations)
         taken = take(plan, C).reshape(T, E)
-        if rule.max_experts is not None:  # rows of the plan's best C may still meet in one token
-            taken = taken & best(torch.where(taken, choice, -2.0), rule.max_experts)
+        taken = taken & best(torch.where(taken, choice, -2.0), rule.max_experts)  # the best C may meet in one token
         if padding_mask is not None:
             taken = taken & padding_mask[:, None]
         return logits, slots_of(s, taken, rule.max_experts)
+
+
+_CUTS, _SLOTS = torch.ops.moe_kernels.expert_cuts.default, torch.ops.moe_kernels.expert_choice.default
+
+
+def choose(
+    logits: Tensor, count: int, group_size: int, *, padding_mask: Tensor | None = None, slots: int | None = None
+) -> Routing:
+    """Every expert takes its `count` best tokens of every group.
+
+    Args:
+        logits: floating [T, E]. NaN counts as -inf.
+        count: C, 1..group_size; ties go to the lowest token.
+        group_size: n, the tokens that compete; T is a multiple of it.
+        padding_mask: bool [T]; what is no token is never taken.
+        slots: K, at least the experts of the fullest token. None: just these on the CPU, E elsewhere and in a graph.
+    Returns:
+        Routing: a token's experts by descending weight, its softmax score; -1 and 0 behind them. Differentiable in
+        logits through topk_weights, keeps O(T*K).
+
+    Errors: RuntimeError where T, count and group_size do not fit. Determinism: bitwise.
+    """
+    n = max(group_size, 1)
+    scores, least, last, per_token, counts = _CUTS(logits.detach(), count, n, padding_mask)
+    if slots is None:
+        known = logits.device.type == "cpu" and not torch.compiler.is_compiling() and len(per_token) > 0
+        slots = max(int(per_token.max()), 1) if known else logits.shape[1]
+    return Routing(*_SLOTS(logits, scores, least, last, slots), counts, None, None)
 
 
 def tokens_of(op: str, group: str | int, T: int, sequence_length: int | None) -> int:
@@ -126,30 +155,13 @@ def best(values: Tensor, count: int) -> Tensor:
     return torch.zeros_like(values, dtype=torch.bool).scatter(1, order, True)
 
 
-def slots_of(s: Tensor, taken: Tensor, slots: int | None) -> Routing:
-    """Scores s [T, E] and taken bool [T, E] -> a Routing of as many slots as asked, or as needed."""
-    T, E = s.shape
-    if s.device.type == "cpu" and not torch.compiler.is_compiling() and T > 0:
-        ids = _sparse_slots(s.detach(), taken, slots)
-    else:
-        ids = reference.select(torch.where(taken, s.detach(), -1.0), slots or E)
+def slots_of(s: Tensor, taken: Tensor, slots: int) -> Routing:
+    """Scores s [T, E] and taken bool [T, E] -> a Routing of so many slots."""
+    ids = reference.select(torch.where(taken, s.detach(), -1.0), slots)
     present = taken.gather(1, ids)
     weights = torch.where(present, s.gather(1, ids), 0.0)
     ids = torch.where(present, ids, -1).int()
-    return Routing(weights, ids, count_experts(ids, E), None, None)
-
-
-def _sparse_slots(s: Tensor, taken: Tensor, slots: int | None) -> Tensor:
-    """Ids [T, K] of what was taken, best first, from the few entries that are; the rest names experts not taken."""
-    t, e = taken.nonzero(as_tuple=True)
-    order = s[t, e].argsort(descending=True, stable=True)
-    order = order[t[order].argsort(stable=True)]
-    t, e = t[order], e[order]
-    count = taken.sum(1)
-    slots = max(int(count.max()), 1) if slots is None else slots
-    place = torch.arange(len(t)) - (count.cumsum(0) - count)[t]
-    absent = (~taken).int().argmax(1, keepdim=True)  # where all are taken there are no empty slots
-    return absent.repeat(1, slots).index_put((t, place), e)
+    return Routing(weights, ids, count_experts(ids, s.shape[1]), None, None)
 
 
 def capped_plan(s: Tensor, count: int, cap: int, entropy: float, iterations: int) -> Tensor:

@@ -1,0 +1,167 @@
+// SPDX-License-Identifier: Apache-2.0
+// sinkhorn: the exponentials of the logits once, in the place of the plan; then one pass over them an iteration, a task
+// a tile: the factor of a token from its row, and at once what its row adds to the columns. The order of all sums is
+// that of csrc/sinkhorn.h.
+#include "../sinkhorn.h"
+
+#include <cmath>
+
+#include "parallel.h"
+#include "scores.h"
+
+namespace moe::cpu {
+namespace {
+
+using sinkhorn::kTileSums, sinkhorn::kTileTokens;
+
+template <class A> struct Parts {
+  A *tops, *rows, *columns, *next;  // [tiles], [T], [E], [E]
+  A *tiles, *sums;                  // [tiles, E], [kTileSums, E]
+  A *l, *s;                         // a worker's rows of E, with room for whole vectors
+  int32_t* live;                    // [tiles] tokens
+  Parts(Workspace& space, const SinkhornArgs& args, int32_t worker) {
+    const int64_t count = ceil_div(args.T, kTileTokens), E = args.E;
+    tops = space.take<A>(count), rows = space.take<A>(args.T), columns = space.take<A>(E), next = space.take<A>(E);
+    tiles = space.take<A>(count * E), sums = space.take<A>(kTileSums * E), live = space.take<int32_t>(count);
+    for (int32_t i = 0; i <= worker; ++i) l = space.take<A>(E), s = space.take<A>(E);
+  }
+  static Parts of(const SinkhornArgs& args, int32_t worker) {
+    Workspace space(args.workspace);
+    return {space, args, worker};
+  }
+};
+
+inline bool is_token(const SinkhornArgs& args, int64_t t) { return !args.padding_mask || args.padding_mask[t]; }
+
+template <class T> const T* logits_of(const SinkhornArgs& args, int64_t t) {
+  return static_cast<const T*>(args.logits) + t * args.logits_stride;
+}
+template <class T> acc_t<T>* plan_of(const SinkhornArgs& args, int64_t t) {
+  return static_cast<acc_t<T>*>(args.plan) + t * args.E;
+}
+
+/// Calls f(worker, tile, begin, end) for the tokens of every tile.
+template <class F> void for_tiles(const SinkhornArgs& args, const Workers& workers, F&& f) {
+  for_chunks(workers, args.T, kTileTokens, [&](int32_t worker, int64_t begin, int64_t end) {
+    for (int64_t first = begin; first < end; first += kTileTokens)  // without threads all comes as one chunk
+      f(worker, first / kTileTokens, first, std::min(first + kTileTokens, end));
+  });
+}
+
+/// The clean logits in the place of the plan; tops and tokens of the tiles. Returns the number of tokens.
+template <class T> int64_t read_logits(const SinkhornArgs& args, const Workers& workers, acc_t<T>* top) {
+  using A = acc_t<T>;
+  const Parts<A> whole = Parts<A>::of(args, 0);
+  for_tiles(args, workers, [&](int32_t worker, int64_t tile, int64_t begin, int64_t end) {
+    const Parts<A> w = Parts<A>::of(args, worker);
+    A best = -std::numeric_limits<A>::infinity();
+    int32_t live = 0;
+    for (int64_t t = begin; t < end; ++t) {
+      if (!is_token(args, t)) continue;
+      clean_logits(logits_of<T>(args, t), args.E, 0, plan_of<T>(args, t), w.s);
+      best = std::max(best, math<A>().max(plan_of<T>(args, t), args.E));
+      ++live;
+    }
+    whole.tops[tile] = best, whole.live[tile] = live;
+  });
+  int64_t tokens = 0;
+  *top = -std::numeric_limits<A>::infinity();
+  for (int64_t tile = 0; tile < ceil_div(args.T, kTileTokens); ++tile)
+    *top = std::max(*top, whole.tops[tile]), tokens += whole.live[tile];
+  return tokens;
+}
+
+/// One pass: the factors of the tokens, and the sums of the columns of every tile.
+template <class T> void balance_rows(const SinkhornArgs& args, const Workers& workers, int64_t tokens) {
+  using A = acc_t<T>;
+  const Parts<A> w = Parts<A>::of(args, 0);
+  for_tiles(args, workers, [&](int32_t, int64_t tile, int64_t begin, int64_t end) {
+    A* sums = w.tiles + tile * args.E;
+    std::fill_n(sums, args.E, A(0));
+    for (int64_t t = begin; t < end; ++t) {
+      if (!is_token(args, t)) continue;
+      const A* cost = plan_of<T>(args, t);
+      w.rows[t] = sinkhorn::factor_of(math<A>().row_dot(cost, w.columns, args.E), tokens);
+      math<A>().axpy(w.rows[t], cost, sums, args.E);
+    }
+  });
+}
+
+/// The factors of the columns from the sums of the tiles; returns how far they moved in the mean.
+template <class A> A balance_columns(const SinkhornArgs& args, const Parts<A>& w) {
+  const int64_t E = args.E;
+  std::fill_n(w.sums, kTileSums * E, A(0));
+  for (int64_t tile = 0; tile < ceil_div(args.T, kTileTokens); ++tile) {
+    A *sums = w.sums + tile % kTileSums * E, *add = w.tiles + tile * E;
+    for (int64_t e = 0; e < E; ++e) sums[e] += add[e];
+  }
+  for (int half = kTileSums / 2; half > 0; half /= 2)
+    for (int64_t i = 0; i < half * E; ++i) w.sums[i] += w.sums[i + half * E];
+  A moved[sinkhorn::kRowSums] = {};
+  for (int64_t e = 0; e < E; ++e) {
+    w.next[e] = sinkhorn::factor_of(w.sums[e], E);
+    moved[e % sinkhorn::kRowSums] += std::abs(w.next[e] - w.columns[e]);
+  }
+  std::copy_n(w.next, E, w.columns);
+  return sinkhorn::by_halves(moved, sinkhorn::kRowSums) / A(E);
+}
+
+/// The plan of a token, its K best, and their weights.
+template <class T> void choose(const SinkhornArgs& args, int64_t t, const Parts<acc_t<T>>& whole, acc_t<T>* l,
+                               acc_t<T>* s) {
+  using A = acc_t<T>;
+  const int64_t E = args.E, K = args.K;
+  A *plan = plan_of<T>(args, t), *weights = static_cast<A*>(args.topk_weights) + t * K;
+  int32_t* ids = args.topk_ids + t * K;
+  if (!is_token(args, t)) {
+    std::fill_n(plan, E, A(0)), std::fill_n(weights, K, A(0)), std::fill_n(ids, K, -1);
+    return;
+  }
+  for (int64_t e = 0; e < E; ++e) plan[e] = whole.rows[t] * plan[e] * whole.columns[e];
+  std::copy_n(plan, E, s);
+  math<A>().top_k(s, E, K, ids);
+  if (clean_logits(logits_of<T>(args, t), E, 0, l, s)) score(K == 1 ? Scoring::sigmoid : Scoring::softmax, l, E, s);
+  else std::fill_n(s, E, A(0));
+  for (int64_t k = 0; k < K; ++k) weights[k] = s[ids[k]];
+}
+
+template <class T> void run(const SinkhornArgs& args, const Workers& workers) {
+  using A = acc_t<T>;
+  const Parts<A> w = Parts<A>::of(args, 0);
+  A top;
+  const int64_t tokens = read_logits<T>(args, workers, &top);
+  const A shift = sinkhorn::shift_of(top, sizeof(T) == 2);
+  for_tiles(args, workers, [&](int32_t, int64_t, int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t)
+      if (is_token(args, t)) math<A>().exp(plan_of<T>(args, t), shift, args.E);
+  });
+  std::fill_n(w.columns, args.E, A(1));
+  int32_t iterations = 0;
+  for (A moved = std::numeric_limits<A>::infinity();
+       tokens > 0 && iterations < args.max_iterations && !(moved <= A(args.tol)); ++iterations) {
+    balance_rows<T>(args, workers, tokens);
+    moved = balance_columns<A>(args, w);
+  }
+  *args.iterations = iterations;
+  for_tiles(args, workers, [&](int32_t worker, int64_t, int64_t begin, int64_t end) {
+    const Parts<A> mine = Parts<A>::of(args, worker);
+    for (int64_t t = begin; t < end; ++t) choose<T>(args, t, w, mine.l, mine.s);
+  });
+}
+
+}  // namespace
+
+int64_t sinkhorn_workspace_bytes(const SinkhornArgs& args, const Workers& workers) {
+  Workspace space(nullptr);
+  Parts<double>(space, args, workers.count);
+  return space.bytes();
+}
+
+void sinkhorn(const SinkhornArgs& args, const Workers& workers) {
+  visit_dtype(args.dtype, [&](auto tag) { run<decltype(tag)>(args, workers); });
+  std::fill_n(args.tokens_per_expert, args.E, 0);
+  for (int64_t slot = 0; slot < args.T * args.K; ++slot)
+    if (args.topk_ids[slot] >= 0) ++args.tokens_per_expert[args.topk_ids[slot]];
+}
+
+}  // namespace moe::cpu
