@@ -11,7 +11,7 @@ from torch import nn
 
 import moe_kernels as mk
 from moe_kernels import draws, reference, routers
-from moe_kernels.routers import expert_choice, hashed
+from moe_kernels.routers import expert_choice
 
 V, E, H = 32, 8, 6
 TABLE = torch.arange(2 * V).reshape(V, 2) * 5 % E
@@ -22,6 +22,11 @@ KINDS = {  # name -> (settings, top_k)
     "gumbel": (routers.Router(gumbel_noise=1.0), 2),
     "gshard": (routers.Router(renormalize_eps=1e-9, second_threshold=0.5), 2),
     "node_limited": (routers.Router(scoring_func="sigmoid", num_expert_group=4, topk_group=2, correction_bias=True), 3),
+    "device_limited": (routers.Router(renormalize=False, num_expert_group=4, topk_group=2), 3),
+    "sqrtsoftplus": (routers.Router(scoring_func="sqrtsoftplus", correction_bias=True, routed_scaling_factor=1.5), 2),
+    "softcap": (routers.Router(bias=True, logit_softcap=3.0), 2),
+    "weight_on_input": (routers.Router(scoring_func="sigmoid", renormalize=False, weight_on_input=True), 1),
+    "learned_table": (routers.Router(scoring_func="sqrtsoftplus", token_table=TABLE), 2),
     "noisy": (routers.NoisyTopK(), 2),
     "expert_choice": (routers.ExpertChoice(), 2),
     "expert_choice_capped": (routers.ExpertChoice(max_experts=3, entropy=0.05), 2),
@@ -37,7 +42,6 @@ KINDS = {  # name -> (settings, top_k)
     "table": (routers.TableHash(TABLE), 2),
     "multi_hash": (routers.MultiHash(TABLE // 2), 2),
 }
-LEARNED = [name for name in KINDS if not isinstance(KINDS[name][0], hashed._Hashed)]
 
 
 def layer(name, dtype=torch.float64, **options):
@@ -64,7 +68,10 @@ def test_a_layer_is_the_sum_over_its_routing(name, training):
     moe = layer(name).train(training)
     x, more = inputs()
     y, r = moe(x, **more), moe.last_routing
-    wanted = reference.fused_experts(x.flatten(0, 1), moe.experts.w13, moe.experts.w2, r.topk_weights, r.topk_ids)
+    wanted = reference.fused_experts(
+        x.flatten(0, 1), moe.experts.w13, moe.experts.w2, r.topk_weights, r.topk_ids,
+        apply_router_weight_on_input=name == "weight_on_input",
+    )  # fmt: skip
     assert torch.allclose(y.flatten(0, 1), wanted, atol=1e-12)
     assert r.topk_weights.dtype == torch.float64 and r.topk_ids.dtype == r.tokens_per_expert.dtype == torch.int32
     assert torch.equal(r.tokens_per_expert, torch.bincount(r.topk_ids[r.topk_ids >= 0], minlength=E).int())
@@ -72,9 +79,9 @@ def test_a_layer_is_the_sum_over_its_routing(name, training):
     assert all(len(set(row)) == len(row) for row in rows) or name == "table"
 
 
-@pytest.mark.parametrize("name", LEARNED)
+@pytest.mark.parametrize("name", KINDS)
 def test_gradients_are_those_of_finite_differences(name):
-    """gradcheck through x, router and experts; the draws are fixed by the step."""
+    """gradcheck through x, router and experts, where there is a router to train; the draws are fixed by the step."""
     moe = layer(name)
     x, more = inputs(S=5)
     leaves = [x.requires_grad_(), *(p for p in moe.parameters())]

@@ -277,6 +277,19 @@ def test_sparse_mixer_of_bad_logits():
     assert grad.isfinite().all()
 
 
+def test_gradient_of_the_sparse_mixer():
+    torch.manual_seed(0)
+    layer = mk.MoELayer(H, 4, E, 2, router=SparseMixer(0.2), dtype=torch.float64).eval()
+    nn.init.normal_(layer.router.weight)
+    x = torch.randn(5, H, dtype=torch.float64, requires_grad=True)
+    values = [p.detach().clone().requires_grad_() for p in layer.parameters()]
+
+    def run(x, *values):
+        return torch.func.functional_call(layer, dict(zip(dict(layer.named_parameters()), values)), (x,))
+
+    assert torch.autograd.gradcheck(run, [x, *values], fast_mode=True)
+
+
 def test_errors_of_the_sparse_mixer():
     with pytest.raises(RuntimeError, match=r"SparseMixer: only evaluation is built: call .eval\(\)"):
         mk.MoELayer(H, 4, E, 2, router=SparseMixer())(rows())
