@@ -9,7 +9,7 @@
 #include <limits>
 #include <utility>
 
-#include "../score.h"
+#include "../sinkhorn.h"
 #include "tile.h"
 
 #ifdef __clang__
@@ -26,6 +26,8 @@
 #include "tile_impl.h"
 // The rows of tile_impl.h come first: math_impl.h is written on its vectors.
 #include "math_impl.h"
+#include "router_impl.h"
+#include "table_impl.h"
 #ifdef __clang__
 #pragma clang attribute pop
 #endif

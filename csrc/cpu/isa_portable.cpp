@@ -5,7 +5,7 @@
 #include <limits>
 #include <utility>
 
-#include "../score.h"
+#include "../sinkhorn.h"
 #include "isa.h"
 #include "tile.h"
 
@@ -15,3 +15,5 @@
 #include "tile_impl.h"
 // The rows of tile_impl.h come first: math_impl.h is written on its vectors.
 #include "math_impl.h"
+#include "router_impl.h"
+#include "table_impl.h"

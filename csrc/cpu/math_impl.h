@@ -241,38 +241,10 @@ template <class A> A dot_of(const A* x, const A* y, int64_t count) {
   for_vectors<A>(count, [&](int64_t i, int64_t lanes) { sum += load_part(x + i, lanes) * load_part(y + i, lanes); });
   return lane_sum<A>(sum);
 }
-template <class A> A row_dot(const A* x, const A* y, int64_t count) {
-  constexpr int L = VecOf<A>::lanes, kSums = 32 / L;
-  Vec<A> sum[kSums] = {};
-  int64_t i = 0;
-  for (; i + 32 <= count; i += 32)
-    for (int j = 0; j < kSums; ++j) sum[j] += load(x + i + j * L) * load(y + i + j * L);
-  for (int j = 0; i < count; i += L, ++j) {
-    const int64_t lanes = count - i < L ? count - i : L;
-    sum[j] += load_part(x + i, lanes) * load_part(y + i, lanes);
-  }
-  for (int half = kSums / 2; half > 0; half /= 2)
-    for (int j = 0; j < half; ++j) sum[j] += sum[j + half];
-  return lane_sum<A>(sum[0]);
-}
 template <class A> void axpy(A scale, const A* x, A* y, int64_t count) {
   for_vectors<A>(count, [&](int64_t i, int64_t lanes) {
     store_part(y + i, load_part(y + i, lanes) + scale * load_part(x + i, lanes), lanes);
   });
 }
-
-template <class A> constexpr Math<A> make_math() {
-  return {activate<A>, activate_backward<A>,
-          exp<A>,      exp_sum<A>,
-          sigmoid<A>,  max_of<A>,
-          clean<A>,    divide<A>,
-          choose<A>,   top_k<A>,
-          dot_of<A>,   row_dot<A>,
-          axpy<A>};
-}
-
-extern const Kernels table;
-const Kernels table = {make_tile<double>(), make_tile<float>(), make_tile<bf16>(),
-                       make_tile<f16>(),    make_math<float>(), make_math<double>()};
 
 }  // namespace moe::cpu::MOE_ISA

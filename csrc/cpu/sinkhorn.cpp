@@ -48,21 +48,30 @@ template <class F> void for_tiles(const SinkhornArgs& args, const Workers& worke
   });
 }
 
+/// Calls f(first, count) for stretches of tokens whose rows follow one another in `logits` and in the plan.
+template <class F> void for_stretches(const SinkhornArgs& args, int64_t begin, int64_t end, F&& f) {
+  if (!args.padding_mask && args.logits_stride == args.E) return f(begin, end - begin);
+  for (int64_t t = begin; t < end; ++t)
+    if (is_token(args, t)) f(t, int64_t(1));
+}
+
 /// The clean logits in the place of the plan; tops and tokens of the tiles. Returns the number of tokens.
 template <class T> int64_t read_logits(const SinkhornArgs& args, const Workers& workers, acc_t<T>* top) {
   using A = acc_t<T>;
   const Parts<A> whole = Parts<A>::of(args, 0);
-  for_tiles(args, workers, [&](int32_t worker, int64_t tile, int64_t begin, int64_t end) {
-    const Parts<A> w = Parts<A>::of(args, worker);
+  for_tiles(args, workers, [&](int32_t, int64_t at, int64_t begin, int64_t end) {
     A best = -std::numeric_limits<A>::infinity();
     int32_t live = 0;
-    for (int64_t t = begin; t < end; ++t) {
-      if (!is_token(args, t)) continue;
-      clean_logits(logits_of<T>(args, t), args.E, 0, plan_of<T>(args, t), w.s);
-      best = std::max(best, math<A>().max(plan_of<T>(args, t), args.E));
-      ++live;
-    }
-    whole.tops[tile] = best, whole.live[tile] = live;
+    for (int64_t t = begin; t < end; ++t)
+      if (!is_token(args, t)) std::fill_n(plan_of<T>(args, t), args.E, A(0));
+    for_stretches(args, begin, end, [&](int64_t first, int64_t count) {
+      A* l = plan_of<T>(args, first);
+      tile<T>().widen(logits_of<T>(args, first), l, count * args.E);
+      math<A>().clean(l, count * args.E);
+      best = std::max(best, math<A>().max(l, count * args.E));
+      live += int32_t(count);
+    });
+    whole.tops[at] = best, whole.live[at] = live;
   });
   int64_t tokens = 0;
   *top = -std::numeric_limits<A>::infinity();
@@ -72,18 +81,13 @@ template <class T> int64_t read_logits(const SinkhornArgs& args, const Workers& 
 }
 
 /// One pass: the factors of the tokens, and the sums of the columns of every tile.
-template <class T> void balance_rows(const SinkhornArgs& args, const Workers& workers, int64_t tokens) {
-  using A = acc_t<T>;
+template <class A> void balance_rows(const SinkhornArgs& args, const Workers& workers, int64_t tokens) {
   const Parts<A> w = Parts<A>::of(args, 0);
   for_tiles(args, workers, [&](int32_t, int64_t tile, int64_t begin, int64_t end) {
-    A* sums = w.tiles + tile * args.E;
-    std::fill_n(sums, args.E, A(0));
-    for (int64_t t = begin; t < end; ++t) {
-      if (!is_token(args, t)) continue;
-      const A* cost = plan_of<T>(args, t);
-      w.rows[t] = sinkhorn::factor_of(math<A>().row_dot(cost, w.columns, args.E), tokens);
-      math<A>().axpy(w.rows[t], cost, sums, args.E);
-    }
+    const A* cost = static_cast<const A*>(args.plan) + begin * args.E;
+    const uint8_t* live = args.padding_mask ? args.padding_mask + begin : nullptr;
+    math<A>().balance_tile(
+        {end - begin, args.E, cost, w.columns, live, tokens, w.rows + begin, w.tiles + tile * args.E});
   });
 }
 
@@ -106,23 +110,35 @@ template <class A> A balance_columns(const SinkhornArgs& args, const Parts<A>& w
   return sinkhorn::by_halves(moved, sinkhorn::kRowSums) / A(E);
 }
 
-/// The plan of a token, its K best, and their weights.
-template <class T> void choose(const SinkhornArgs& args, int64_t t, const Parts<acc_t<T>>& whole, acc_t<T>* l,
-                               acc_t<T>* s) {
+/// The plan of a token and its K best.
+template <class T> void choose(const SinkhornArgs& args, int64_t t, const Parts<acc_t<T>>& whole, acc_t<T>* s) {
+  acc_t<T>* plan = plan_of<T>(args, t);
+  int32_t* ids = args.topk_ids + t * args.K;
+  if (!is_token(args, t)) return void(std::fill_n(ids, args.K, -1));
+  for (int64_t e = 0; e < args.E; ++e) s[e] = plan[e] = whole.rows[t] * plan[e] * whole.columns[e];
+  math<acc_t<T>>().top_k(s, args.E, args.K, ids);
+}
+
+/// The weights of the tokens begin .. end: the sigmoid of one logit each, or a softmax of the whole row.
+template <class T> void weigh(const SinkhornArgs& args, int64_t begin, int64_t end, acc_t<T>* l, acc_t<T>* s) {
   using A = acc_t<T>;
-  const int64_t E = args.E, K = args.K;
-  A *plan = plan_of<T>(args, t), *weights = static_cast<A*>(args.topk_weights) + t * K;
-  int32_t* ids = args.topk_ids + t * K;
-  if (!is_token(args, t)) {
-    std::fill_n(plan, E, A(0)), std::fill_n(weights, K, A(0)), std::fill_n(ids, K, -1);
-    return;
+  const int64_t K = args.K;
+  A* weights = static_cast<A*>(args.topk_weights);
+  for (int64_t t = begin; t < end; ++t) {
+    const T* row = logits_of<T>(args, t);
+    const int32_t* ids = args.topk_ids + t * K;
+    if (K == 1) {
+      weights[t] = is_token(args, t) ? A(row[ids[0]]) : -std::numeric_limits<A>::infinity();  // its sigmoid is 0
+    } else if (is_token(args, t) && clean_logits(row, args.E, 0, l, s)) {
+      score(Scoring::softmax, l, args.E, s);
+      for (int64_t k = 0; k < K; ++k) weights[t * K + k] = s[ids[k]];
+    } else {
+      std::fill_n(weights + t * K, K, A(0));
+    }
   }
-  for (int64_t e = 0; e < E; ++e) plan[e] = whole.rows[t] * plan[e] * whole.columns[e];
-  std::copy_n(plan, E, s);
-  math<A>().top_k(s, E, K, ids);
-  if (clean_logits(logits_of<T>(args, t), E, 0, l, s)) score(K == 1 ? Scoring::sigmoid : Scoring::softmax, l, E, s);
-  else std::fill_n(s, E, A(0));
-  for (int64_t k = 0; k < K; ++k) weights[k] = s[ids[k]];
+  if (K > 1) return;
+  math<A>().clean(weights + begin, end - begin);
+  math<A>().sigmoid(weights + begin, end - begin);
 }
 
 template <class T> void run(const SinkhornArgs& args, const Workers& workers) {
@@ -132,20 +148,21 @@ template <class T> void run(const SinkhornArgs& args, const Workers& workers) {
   const int64_t tokens = read_logits<T>(args, workers, &top);
   const A shift = sinkhorn::shift_of(top, sizeof(T) == 2);
   for_tiles(args, workers, [&](int32_t, int64_t, int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t)
-      if (is_token(args, t)) math<A>().exp(plan_of<T>(args, t), shift, args.E);
+    for_stretches(args, begin, end,
+                  [&](int64_t first, int64_t count) { math<A>().exp(plan_of<T>(args, first), shift, count * args.E); });
   });
   std::fill_n(w.columns, args.E, A(1));
   int32_t iterations = 0;
   for (A moved = std::numeric_limits<A>::infinity();
        tokens > 0 && iterations < args.max_iterations && !(moved <= A(args.tol)); ++iterations) {
-    balance_rows<T>(args, workers, tokens);
+    balance_rows<A>(args, workers, tokens);
     moved = balance_columns<A>(args, w);
   }
   *args.iterations = iterations;
   for_tiles(args, workers, [&](int32_t worker, int64_t, int64_t begin, int64_t end) {
     const Parts<A> mine = Parts<A>::of(args, worker);
-    for (int64_t t = begin; t < end; ++t) choose<T>(args, t, w, mine.l, mine.s);
+    for (int64_t t = begin; t < end; ++t) choose<T>(args, t, w, mine.s);
+    weigh<T>(args, begin, end, mine.l, mine.s);
   });
 }
 

@@ -46,6 +46,15 @@ struct ActivationRule {
   double limit, alpha;
 };
 
+/// cost [tokens, E]; rows <- the factor of every token, 0 where it is none; sums [E] <- sum of rows * cost.
+template <class A> struct BalanceTile {
+  int64_t tokens, E;
+  const A *cost, *columns;
+  const uint8_t* live;  // [tokens], or null
+  int64_t all;          // tokens of all tiles
+  A *rows, *sums;
+};
+
 template <class A> struct Math {
   /// out = act(gate) * up, or act(gate) where up is null. In place is fine.
   void (*activate)(const ActivationRule&, const A* gate, const A* up, A* out, int64_t count);
@@ -67,6 +76,15 @@ template <class A> struct Math {
   A (*dot)(const A*, const A*, int64_t count);
   A (*row_dot)(const A*, const A*, int64_t count);         // in the order of a row in csrc/sinkhorn.h, at any level
   void (*axpy)(A scale, const A* x, A* y, int64_t count);  // y += scale * x
+  /// panel [count][kPanel], a token a column: its softmax over the rows, in place; a column of -inf becomes 0.
+  void (*softmax_panel)(A* panel, int64_t count);
+  /// The least of the `best` largest of values in [0, 1] or negative, and where the last of just this value stands that
+  /// is among them, of equal ones the first; -1 and -1 where it is negative.
+  void (*cut)(const A* values, int64_t count, int64_t best, A* least, int64_t* last);
+  /// marks[i] = values[i] is among them. count is at most kPanel; marks has kPanel places, of which the rest becomes 0.
+  void (*mark)(const A* values, int64_t count, A least, int64_t last, uint8_t* marks);
+  /// One pass of sinkhorn over a tile: the factors of its tokens, and the sums of its columns.
+  void (*balance_tile)(const BalanceTile<A>&);
 };
 
 struct Kernels {

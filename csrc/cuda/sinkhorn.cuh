@@ -192,7 +192,7 @@ template <class T> MOE_DEVICE void finish(const SinkhornArgs& args, const acc_t<
   });
 }
 
-template <class T> MOE_KERNEL __launch_bounds__(kSinkhornWarps* kWarp) sinkhorn_kernel(SinkhornArgs args) {
+template <class T> MOE_KERNEL __launch_bounds__(kSinkhornWarps* kWarp, 1) sinkhorn_kernel(SinkhornArgs args) {
   using A = acc_t<T>;
   MOE_SHARED(A, own);  // [E] factors of the columns, then scratch
   const int E = int(args.E);

@@ -34,12 +34,19 @@ SUBJECTS: dict[str, tuple[list[str], list[str]]] = {
         ["csrc/cuda/route.cuh", "csrc/cuda/block_copy.cuh", "csrc/cuda/warp.cuh"],
         ["csrc/cuda/route.cu", "tests/mutants/route_cases.cpp"],
     ),
+    "expert_choice": (
+        ["csrc/cuda/expert_choice.cuh"],
+        ["csrc/cuda/expert_choice.cu", "tests/mutants/expert_choice_cases.cpp"],
+    ),
+    "sinkhorn": (["csrc/cuda/sinkhorn.cuh"], ["csrc/cuda/sinkhorn.cu", "tests/mutants/sinkhorn_cases.cpp"]),
     "permute": (["csrc/cuda/permute.cuh"], ["csrc/cuda/permute.cu", "tests/mutants/permute_cases.cpp"]),
     "unpermute": (["csrc/cuda/unpermute.cuh"], ["csrc/cuda/unpermute.cu", "tests/mutants/unpermute_cases.cpp"]),
 }
 # Constants made small in the copy, so that tiny shapes take every path: several tiles, several turns of a block.
 SMALLER: dict[str, tuple[str, str]] = {
     "csrc/cuda/route.cu": ("kMostBlocks = 132 * 8", "kMostBlocks = 2"),
+    "csrc/cuda/expert_choice.cu": ("most = 132 * 8", "most = 2"),
+    "csrc/sinkhorn.h": ("kTileTokens = 64", "kTileTokens = 8"),
     "csrc/cuda/permute.cu": ("blocks < 1056 ? blocks : 1056", "blocks < 1 ? blocks : 1"),
     "csrc/cuda/permute_tile.h": (
         "kTileSlots = 2048;       // of a block, where there are several\nconstexpr int64_t kOneBlockSlots = 16384",

@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: Apache-2.0
+// What expert choice and Sinkhorn do with vectors, on those of tile_impl.h and the row functions of math_impl.h.
+namespace moe::cpu::MOE_ISA {
+
+// ---- expert choice: tokens side by side
+
+inline void add_exact(const float* exps, int64_t* sums) {
+  for (int64_t t = 0; t < kPanel; ++t) sums[t] += exact_part(exps[t]);
+}
+inline void add_exact(const double* exps, double* sums) {
+  for (int64_t t = 0; t < kPanel; ++t) sums[t] += exps[t];
+}
+inline float total_of(int64_t sum) { return exact_sum(sum); }
+inline double total_of(double sum) { return sum; }
+
+template <class A> void softmax_panel(A* panel, int64_t count) {
+  constexpr int L = VecOf<A>::lanes;
+  constexpr A infinity = __builtin_inf();
+  std::conditional_t<sizeof(A) == 8, double, int64_t> sums[kPanel] = {};
+  alignas(64) A totals[kPanel];
+  for (int64_t t = 0; t < kPanel; t += L) {
+    Vec<A> top = Vec<A>{} - infinity;
+    for (int64_t e = 0; e < count; ++e) {
+      const Vec<A> v = load(panel + e * kPanel + t);
+      top = v > top ? v : top;
+    }
+    top = top > -infinity ? top : Vec<A>{};
+    for (int64_t e = 0; e < count; ++e) store(panel + e * kPanel + t, exp_of(load(panel + e * kPanel + t) - top));
+  }
+  for (int64_t e = 0; e < count; ++e) add_exact(panel + e * kPanel, sums);
+  for (int64_t t = 0; t < kPanel; ++t) totals[t] = sums[t] > 0 ? total_of(sums[t]) : A(1);
+  for (int64_t e = 0; e < count; ++e)
+    for (int64_t t = 0; t < kPanel; t += L)
+      store(panel + e * kPanel + t, load(panel + e * kPanel + t) / load(totals + t));
+}
+
+/// Calls f(values at i, i) for whole vectors; what is left over is filled up with -1.
+template <class A, class F> inline void for_filled(const A* values, int64_t count, F f) {
+  constexpr int L = VecOf<A>::lanes;
+  int64_t i = 0;
+  for (; i + L <= count; i += L) f(load(values + i), i);
+  if (i == count) return;
+  A rest[L];
+  for (int64_t j = 0; j < L; ++j) rest[j] = i + j < count ? values[i + j] : A(-1);
+  f(load(rest), i);
+}
+template <class A> inline int64_t count_from(const A* values, int64_t count, A least) {
+  Vec<IntOf<A>> found{};
+  for_filled<A>(values, count, [&](Vec<A> v, int64_t) { found -= v >= least; });
+  int64_t sum = 0;
+  for (int j = 0; j < VecOf<A>::lanes; ++j) sum += found[j];
+  return sum;
+}
+
+// The answer's bits from the highest on: with a bit set, are there enough numbers left? Numbers in [0, 1] sort as their
+// bits do. As soon as just `best` numbers are left the answer is the smallest of them.
+template <class A> void cut(const A* values, int64_t count, int64_t best, A* least, int64_t* last) {
+  using Int = IntOf<A>;
+  *least = A(-1), *last = -1;
+  if (count_from<A>(values, count, A(0)) < best) return;
+  Int bits = 0;
+  int64_t left = -1;
+  for (Int bit = Int(1) << (sizeof(A) == 8 ? 61 : 29); bit != 0 && left != best; bit >>= 1) {
+    const int64_t found = count_from<A>(values, count, bit_cast<A>(Int(bits | bit)));
+    if (found >= best) bits |= bit, left = found;
+  }
+  Vec<A> smallest = Vec<A>{} + A(2);
+  const A bound = bit_cast<A>(bits);
+  for_filled<A>(values, count, [&](Vec<A> v, int64_t) { smallest = v >= bound && v < smallest ? v : smallest; });
+  *least = smallest[0];
+  for (int j = 1; j < VecOf<A>::lanes; ++j) *least = smallest[j] < *least ? smallest[j] : *least;
+  const A next = bit_cast<A>(Int(bit_cast<Int>(*least) + 1));
+  int64_t room = best - count_from<A>(values, count, next);
+  for_filled<A>(values, count, [&](Vec<A> v, int64_t i) {
+    const Vec<Int> equal = v == *least;
+    if (lane_best<Int, false>(equal) == 0) return;
+    for (int j = 0; j < VecOf<A>::lanes; ++j)
+      if (equal[j] != 0 && room > 0) *last = i + j, --room;
+  });
+}
+
+template <class A> void mark(const A* values, int64_t count, A least, int64_t last, uint8_t* marks) {
+  const int end = int(std::clamp<int64_t>(last + 1, 0, kPanel));
+  for (int i = 0; i < int(count); ++i)
+    marks[i] = uint8_t(int(values[i] > least) | (int(values[i] == least) & int(i < end)));
+  for (int64_t i = count; i < kPanel; ++i) marks[i] = 0;
+}
+
+// ---- sinkhorn
+
+/// The kRowSums sums of a row in csrc/sinkhorn.h, added up until one vector is left.
+template <class A> inline Vec<A> row_sums(const A* x, const A* y, int64_t count) {
+  constexpr int L = VecOf<A>::lanes, kSums = sinkhorn::kRowSums / L;
+  Vec<A> sum[kSums] = {};
+  int64_t i = 0;
+  for (; i + sinkhorn::kRowSums <= count; i += sinkhorn::kRowSums)
+    for (int j = 0; j < kSums; ++j) sum[j] += load(x + i + j * L) * load(y + i + j * L);
+  for (int j = 0; i < count; i += L, ++j) {
+    const int64_t lanes = count - i < L ? count - i : L;
+    sum[j] += load_part(x + i, lanes) * load_part(y + i, lanes);
+  }
+  for (int half = kSums / 2; half > 0; half /= 2)
+    for (int j = 0; j < half; ++j) sum[j] += sum[j + half];
+  return sum[0];
+}
+
+// Eight tokens at a time: their sums across lanes share a tree, and the sums of the columns are fetched once for all.
+template <class A> void balance_tile(const BalanceTile<A>& tile) {
+  constexpr int kTokens = 8;
+  const int64_t E = tile.E;
+  for_vectors<A>(E, [&](int64_t e, int64_t lanes) { store_part(tile.sums + e, Vec<A>{}, lanes); });
+  for (int64_t t = 0; t < tile.tokens; t += kTokens) {
+    const int64_t end = t + kTokens < tile.tokens ? t + kTokens : tile.tokens;
+    Vec<A> sums[kTokens] = {};
+    A dots[kTokens];
+    for (int64_t i = t; i < end; ++i) sums[i - t] = row_sums<A>(tile.cost + i * E, tile.columns, E);
+    lane_sums<A>(sums, dots);
+    for (int i = 0; i < kTokens; ++i) dots[i] = sinkhorn::factor_of(dots[i], tile.all);
+    for (int64_t i = t; i < end; ++i) tile.rows[i] = tile.live && !tile.live[i] ? A(0) : dots[i - t];
+    for_vectors<A>(E, [&](int64_t e, int64_t lanes) {
+      Vec<A> sum = load_part(tile.sums + e, lanes);
+      for (int64_t i = t; i < end; ++i) sum += tile.rows[i] * load_part(tile.cost + i * E + e, lanes);
+      store_part(tile.sums + e, sum, lanes);
+    });
+  }
+}
+
+}  // namespace moe::cpu::MOE_ISA
