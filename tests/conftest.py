@@ -16,7 +16,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 import moe_kernels as mk
-from moe_kernels import _build, reference
+from moe_kernels import _build, fallback, reference
 
 STRICT = "MOE_KERNELS_STRICT"
 
@@ -49,11 +49,13 @@ def _seed_and_poison() -> Iterator[None]:
 
 
 CPU = SimpleNamespace(
-    name="cpu", route=mk.route, limit_capacity=mk.limit_capacity, permute=mk.permute, grouped_gemm=mk.grouped_gemm,
+    name="cpu", route=mk.route, route_with_sums=mk.route_with_sums,
+    sum_scores=torch.ops.moe_kernels.sum_scores.default, limit_capacity=mk.limit_capacity, permute=mk.permute, grouped_gemm=mk.grouped_gemm,
     unpermute=mk.unpermute, fused_experts=mk.fused_experts, device="cpu",
 )  # fmt: skip
 REFERENCE = SimpleNamespace(
-    name="reference", route=reference.route, limit_capacity=reference.limit_capacity, permute=reference.permute,
+    name="reference", route=reference.route, route_with_sums=reference.route_with_sums, sum_scores=fallback.sum_scores,
+    limit_capacity=reference.limit_capacity, permute=reference.permute,
     grouped_gemm=reference.grouped_gemm, unpermute=reference.unpermute, fused_experts=reference.fused_experts,
     device="cpu",
 )  # fmt: skip
@@ -70,9 +72,11 @@ def _on_gpu(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 CUDA = SimpleNamespace(
-    name="cuda", route=_on_gpu(mk.route), permute=_on_gpu(mk.permute), unpermute=_on_gpu(mk.unpermute), device="cuda"
-)
-EMULATED = ("test_route", "test_permute", "test_unpermute")  # the stages that have CUDA kernels
+    name="cuda", device="cuda", route=_on_gpu(mk.route), route_with_sums=_on_gpu(mk.route_with_sums),
+    sum_scores=_on_gpu(torch.ops.moe_kernels.sum_scores.default), limit_capacity=_on_gpu(mk.limit_capacity),
+    permute=_on_gpu(mk.permute), unpermute=_on_gpu(mk.unpermute),
+)  # fmt: skip
+EMULATED = ("test_route", "test_sum_scores", "test_limit_capacity", "test_permute", "test_unpermute")  # the stages that have CUDA kernels
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -16,18 +16,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from ctypes import CDLL, c_char_p
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
 
 import moe_kernels as mk
-from moe_kernels import autograd, ops, schemas
+from moe_kernels import autograd, capacity, ops, schemas
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMESPACE = "moe_kernels_simt"
-STAGES = ("route", "route_backward", "permute", "permute_backward", "unpermute", "unpermute_backward")
+STAGES = (
+    "route", "route_backward", "sum_scores", "sum_scores_backward", "limit_capacity", "permute", "permute_backward",
+    "unpermute", "unpermute_backward",
+)  # fmt: skip
 SEED = "MOE_KERNELS_SIMT_SEED"
 
 
@@ -42,7 +45,7 @@ def library() -> CDLL:
     for name in STAGES:
         _DEFINITIONS.define(name + schemas.SCHEMAS[name])
     torch.ops.load_library(path)
-    autograd.install(NAMESPACE, ("route", "permute", "unpermute"))
+    autograd.install(NAMESPACE, ("route", "sum_scores", "permute", "unpermute"))
     return CDLL(path)
 
 
@@ -78,21 +81,31 @@ def restart(seed: int = _FIRST_SEED) -> None:
     _seeds = itertools.count(seed)
 
 
-def _on_emulator(function: Callable[..., Any], stage: str) -> Callable[..., Any]:
-    """`function` of moe_kernels.ops with the stage's op replaced. Every call takes the next seed: its schedule."""
+def op(stage: str) -> Callable[..., Any]:
+    """The op of a stage on the emulator. Every call takes the next seed: its schedule."""
+
+    def run(*args: Any) -> Any:
+        library()
+        os.environ[SEED] = str(next(_seeds))
+        return getattr(getattr(torch.ops, NAMESPACE), stage).default(*args)
+
+    return run
+
+
+def _on_emulator(function: Callable[..., Any], stage: str, module: ModuleType = ops) -> Callable[..., Any]:
+    """`function` with the op of its stage, a global of `module`, replaced."""
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        library()
-        os.environ[SEED] = str(next(_seeds))
-        op = getattr(torch.ops, NAMESPACE)
-        with mock.patch.object(ops, f"_{stage.upper()}", getattr(op, stage).default):
+        with mock.patch.object(module, f"_{stage.upper()}", op(stage)):
             return function(*args, **kwargs)
 
     return run
 
 
 BACKEND = SimpleNamespace(
-    name="simt", device="cpu", route=_on_emulator(mk.route, "route"), permute=_on_emulator(mk.permute, "permute"),
-    unpermute=_on_emulator(mk.unpermute, "unpermute"),
+    name="simt", device="cpu", route=_on_emulator(mk.route, "route"),
+    route_with_sums=_on_emulator(mk.route_with_sums, "route"), sum_scores=op("sum_scores"),
+    limit_capacity=_on_emulator(mk.limit_capacity, "limit_capacity", capacity),
+    permute=_on_emulator(mk.permute, "permute"), unpermute=_on_emulator(mk.unpermute, "unpermute"),
 )  # fmt: skip

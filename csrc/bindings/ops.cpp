@@ -176,6 +176,7 @@ Tensor limit_capacity(const Tensor& topk_ids, int64_t E, int64_t capacity, int64
   require(E >= 1 && capacity >= 1 && group_size >= 1, "limit_capacity: num_experts, capacity and group_size must be ",
           "positive, got ", E, ", ", capacity, " and ", group_size);
   const int64_t T = topk_ids.size(0), K = topk_ids.size(1);
+  require(T * K < std::numeric_limits<int32_t>::max(), "limit_capacity: more than 2^31 slots");
   const Tensor ids = local_ids("limit_capacity", topk_ids, E);
   Tensor dropped = empty(topk_ids, {T, K}, ScalarType::Bool);
   LimitCapacityArgs args{T,

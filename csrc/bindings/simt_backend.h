@@ -35,13 +35,30 @@ void declare(Buffers& buffers, const Tensor&, const RouteArgs& a) {
   buffers.in("correction_bias", a.correction_bias, a.E * acc), buffers.in("padding_mask", a.padding_mask, a.T);
   buffers.out("topk_weights", a.topk_weights, a.T * a.K * acc), buffers.out("topk_ids", a.topk_ids, a.T * a.K * 4);
   buffers.out("tokens_per_expert", a.tokens_per_expert, a.E * 4), buffers.out("lse", a.lse, a.T * acc);
+  buffers.out("score_sums", a.score_sums, a.B * a.E * acc), buffers.out("workspace", a.workspace, device_bytes(a));
 }
 void declare(Buffers& buffers, const Tensor&, const RouteBackwardArgs& a) {
   const int64_t acc = acc_bytes(a.dtype), S = a.T * a.K;
   buffers.in("grad_weights", a.grad_weights, S * acc), buffers.in("grad_lse", a.grad_lse, a.T * acc);
   buffers.in("logits", a.logits, extent(a.T, a.E, a.logits_stride, dtype_bytes(a.dtype)));
   buffers.in("topk_ids", a.topk_ids, S * 4), buffers.in("topk_weights", a.topk_weights, S * acc);
+  buffers.in("grad_score_sums", a.grad_score_sums, a.B * a.E * acc);
   buffers.out("grad_logits", a.grad_logits, a.T * a.E * dtype_bytes(a.dtype));
+}
+void declare(Buffers& buffers, const Tensor&, const SumScoresArgs& a) {
+  buffers.in("logits", a.logits, extent(a.T, a.E, a.logits_stride, dtype_bytes(a.dtype)));
+  buffers.in("padding_mask", a.padding_mask, a.T), buffers.out("sums", a.sums, a.B * a.E * acc_bytes(a.dtype));
+  buffers.out("workspace", a.workspace, device_bytes(a));
+}
+void declare(Buffers& buffers, const Tensor&, const SumScoresBackwardArgs& a) {
+  buffers.in("grad_sums", a.grad_sums, a.B * a.E * acc_bytes(a.dtype));
+  buffers.in("logits", a.logits, extent(a.T, a.E, a.logits_stride, dtype_bytes(a.dtype)));
+  buffers.in("padding_mask", a.padding_mask, a.T);
+  buffers.out("grad_logits", a.grad_logits, a.T * a.E * dtype_bytes(a.dtype));
+}
+void declare(Buffers& buffers, const Tensor&, const LimitCapacityArgs& a) {
+  buffers.in("topk_ids", a.topk_ids, a.T * a.K * 4), buffers.out("dropped", a.dropped, a.T * a.K);
+  buffers.out("workspace", a.workspace, device_bytes(a));
 }
 void declare(Buffers& buffers, const Tensor&, const NarrowIdsArgs& a) {
   buffers.in("topk_ids", a.topk_ids, a.S * (a.ids64 ? 8 : 4));

@@ -64,7 +64,8 @@ void check_route_backward(const Workers& workers, Scoring scoring) {
   const bool softmax = scoring == Scoring::softmax;
   std::vector<int32_t> ids(T * K), counts(E);
   std::vector<double> weights(T * K), lse(T), sums(B * E);
-  const Scratch scratch(cpu::route_workspace_bytes({.T = T, .E = E, .K = K, .B = B, .score_sums = sums.data()}, workers));
+  const Scratch scratch(
+      cpu::route_workspace_bytes({.T = T, .E = E, .K = K, .B = B, .score_sums = sums.data()}, workers));
   const auto value = [&](double h) {
     std::vector<double> moved(T * E);
     for (int64_t i = 0; i < T * E; ++i) moved[i] = logits[i] + h * step[i];

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // route on a GPU. A block takes tiles of consecutive tokens: their logits come in as one stretch, each warp routes
-// token after token in shared memory, the results leave as one stretch. Nothing is read or written twice.
+// token after token in shared memory, the results leave as one stretch. Nothing is read or written twice, the sums of
+// the scores (score_sums.cuh) included.
 // Choices are kept as unsigned keys that order as the numbers do; key 0 is an expert already taken.
 #pragma once
 #include "score_sums.cuh"
@@ -86,9 +87,10 @@ template <class T> struct TokenResult {
   acc_t<T>* lse;
 };
 
+/// Returns what softmax made of the row; top is -inf for a token that is masked or has no expert.
 template <class T>
-MOE_DEVICE void route_token(const RouteArgs& args, bool masked, const T* row, key_t<acc_t<T>>* keys, TokenResult<T> out,
-                            int32_t* counts, int lane) {
+MOE_DEVICE RowSums<acc_t<T>> route_token(const RouteArgs& args, bool masked, const T* row, key_t<acc_t<T>>* keys,
+                                         TokenResult<T> out, int32_t* counts, int lane) {
   using A = acc_t<T>;
   const int E = int(args.E), K = int(args.K);
   const double softcap = args.rule.logit_softcap;
@@ -105,7 +107,7 @@ MOE_DEVICE void route_token(const RouteArgs& args, bool masked, const T* row, ke
       if (!masked) atomicAdd(&counts[k], 1);
     }
     if (lane == 0) *out.lse = 0;
-    return;
+    return {A(-INFINITY), 1};
   }
   RowSums<A> sums{top, 1};
   const bool softmax = args.rule.scoring == Scoring::softmax;
@@ -138,57 +140,78 @@ MOE_DEVICE void route_token(const RouteArgs& args, bool masked, const T* row, ke
   const A divisor = args.rule.renormalize && sum > 0 ? sum : A(1);  // divide first: K = 1 weighs exactly 1
   for (int k = lane; k < K; k += kWarp) out.weights[k] = out.weights[k] / divisor * A(args.rule.scale);
   if (lane == 0) *out.lse = softmax ? top + log(sums.sum) : A(0);
+  return sums;
 }
 
 template <class T> MOE_KERNEL __launch_bounds__(256, sizeof(T) == 8 ? 2 : 4)
-    route_kernel(RouteArgs args, RouteTile tile) {
+    route_kernel(RouteArgs args, RouteTile tile, TokenRuns runs) {
   using A = acc_t<T>;
   MOE_SHARED(unsigned char, shared);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const int E = int(args.E), K = int(args.K);
-  auto* keys = reinterpret_cast<key_t<A>*>(shared + tile.keys) + int64_t(warp) * tile.keys_stride;
+  auto* all_keys = reinterpret_cast<key_t<A>*>(shared + tile.keys);
+  auto* keys = all_keys + int64_t(warp) * tile.keys_stride;
   auto* weights = reinterpret_cast<A*>(shared + tile.weights);
   auto* ids = reinterpret_cast<int32_t*>(shared + tile.ids);
   auto* lse = reinterpret_cast<A*>(shared + tile.lse);
   auto* counts = reinterpret_cast<int32_t*>(shared + tile.counts);
+  A* sums = args.score_sums ? reinterpret_cast<A*>(shared + tile.sums) : nullptr;
+  A* parts = static_cast<A*>(runs.per_group == 1 ? args.score_sums : args.workspace);
   for (int e = threadIdx.x; e < E; e += blockDim.x) counts[e] = 0;
-  for (int64_t first = int64_t(blockIdx.x) * tile.tokens; first < args.T; first += int64_t(gridDim.x) * tile.tokens) {
-    const int tokens = int(min(int64_t(tile.tokens), args.T - first));
-    const T* rows = tile_in<T>(args.logits, args.logits_stride, first, tokens, E, shared);
-    land();
-    __syncthreads();
-    for (int i = warp; i < tokens; i += warps)
-      route_token<T>(args, args.padding_mask && !args.padding_mask[first + i], rows + i * E, keys,
-                     {weights + i * K, ids + i * K, lse + i}, counts, lane);
-    __syncthreads();
-    copy_out(static_cast<A*>(args.topk_weights) + first * K, weights, tokens * K);
-    copy_out(args.topk_ids + first * K, ids, tokens * K);
-    if (args.lse) copy_out(static_cast<A*>(args.lse) + first, lse, tokens);
-    // No barrier here: the next tile's rows go where nothing is read any more, its results wait for the barrier above.
+  for (int64_t run = blockIdx.x; run < runs.count; run += gridDim.x) {
+    const int64_t end = runs.end(run);
+    for (int e = threadIdx.x; e < E && sums; e += blockDim.x) sums[e] = 0;
+    for (int64_t first = runs.begin(run); first < end; first += tile.tokens) {
+      const int tokens = int(min(int64_t(tile.tokens), end - first));
+      const T* rows = tile_in<T>(args.logits, args.logits_stride, first, tokens, E, shared);
+      land();
+      __syncthreads();
+      for (int round = 0; round < tokens; round += warps) {
+        const int i = round + warp;
+        if (i < tokens) {
+          const bool masked = args.padding_mask && !args.padding_mask[first + i];
+          const RowSums<A> row =
+              route_token<T>(args, masked, rows + i * E, keys, {weights + i * K, ids + i * K, lse + i}, counts, lane);
+          if (sums)
+            put_scores(args.rule, args.normalize_scores, row.top > A(-INFINITY), rows + i * E, E, row, keys, lane);
+        }
+        if (sums) {
+          __syncthreads();
+          add_scores(all_keys, tile.keys_stride, min(warps, tokens - round), E, sums);
+          __syncthreads();
+        }
+      }
+      __syncthreads();
+      copy_out(static_cast<A*>(args.topk_weights) + first * K, weights, tokens * K);
+      copy_out(args.topk_ids + first * K, ids, tokens * K);
+      if (args.lse) copy_out(static_cast<A*>(args.lse) + first, lse, tokens);
+      // No barrier here: the next tile's rows go where nothing is read any more, its results wait for the barrier
+      // above.
+    }
+    for (int e = threadIdx.x; e < E && sums; e += blockDim.x) parts[run * E + e] = sums[e];
   }
   for (int e = threadIdx.x; e < E; e += blockDim.x)
     if (counts[e] != 0) atomicAdd(&args.tokens_per_expert[e], counts[e]);
 }
 
-/// One token of the backward: turns its logits, in place, into their gradients. `pulls` holds d topk_weights;
-/// it and `weights` are used up.
+/// One token of the backward: turns its logits, in place, into their gradients. `pulls` holds d topk_weights; it and
+/// `weights` are used up. grad_sums: d score_sums of its group, or null.
 template <class T>
 MOE_DEVICE void route_token_backward(const RouteBackwardArgs& args, T* row, const int32_t* ids, acc_t<T>* weights,
-                                     acc_t<T>* pulls, acc_t<T> grad_lse, int lane) {
+                                     acc_t<T>* pulls, acc_t<T> grad_lse, const acc_t<T>* grad_sums, int lane) {
   using A = acc_t<T>;
   const int E = int(args.E), K = args.grad_weights ? int(args.K) : 0;
   const RouteRule& rule = args.rule;
-  const double softcap = rule.logit_softcap;
-  const A top = row_top(row, E, softcap, lane);
-  const bool live = ids[0] >= 0 && ids[0] < E && top > A(-INFINITY), softmax = rule.scoring == Scoring::softmax;
+  const A top = row_top(row, E, rule.logit_softcap, lane);
+  const bool live = ids[0] >= 0 && ids[0] < E && top > A(-INFINITY);
   RowSums<A> sums{top, 1};
-  if (live && softmax)
-    sums.sum = sum_of_exps<A>(E, lane, [&](int e) { return exp_of(clean_logit(row[e], softcap) - top); });
+  SumPull<A> aux{grad_sums, 0, 1, 0};
+  if (live) aux = pull_of(rule, args.normalize_scores, row, E, grad_sums, sums, lane);
   A sum = 0, dot = 0, mean = 0;
   for (int k = lane; k < K && live; k += kWarp) {
     if (ids[k] < 0 || ids[k] >= E) weights[k] = 0;
     if (weights[k] == 0) continue;  // was out of reach
-    const A s = score_of(rule.scoring, clean_logit(row[ids[k]], softcap), sums);
+    const A s = score_of(rule.scoring, clean_logit(row[ids[k]], rule.logit_softcap), sums);
     weights[k] = s;  // from here on
     sum += s, dot += pulls[k] * s;
   }
@@ -199,51 +222,47 @@ MOE_DEVICE void route_token_backward(const RouteBackwardArgs& args, T* row, cons
     pulls[k] = counts ? A(rule.scale) * pull : A(0);
     mean += pulls[k] * weights[k];
   }
-  mean = warp_sum(mean);
-  for (int k = lane; k < K && live; k += kWarp) {  // d logit of the chosen, before the row is overwritten
-    if (weights[k] == 0) continue;
-    const T raw = row[ids[k]];
-    const A l = clean_logit(raw, softcap);
-    pulls[k] = (softmax ? pulls[k] - mean + grad_lse : pulls[k]) * slope_of(rule.scoring, weights[k], l) *
-               cap_slope(raw, l, softcap);
-  }
+  const A all = grad_lse - warp_sum(mean) - aux.mean;
+  for (int k = lane; k < K && live; k += kWarp)  // d logit of the chosen, before the row is overwritten
+    if (weights[k] != 0) pulls[k] = grad_logit(rule, row[ids[k]], pulls[k] + aux.at(ids[k]), all, sums);
   __syncwarp();
-  for (int e = lane; e < E; e += kWarp) {  // the rest: softmax ties every logit to all
-    A grad = 0;
-    if (live && softmax) {
-      const A l = clean_logit(row[e], softcap);
-      grad = (grad_lse - mean) * score_of(rule.scoring, l, sums) * cap_slope(row[e], l, softcap);
-    }
-    row[e] = narrow<T>(grad);
-  }
+  const bool dense = live && (rule.scoring == Scoring::softmax || grad_sums);  // the rest of the row
+  for (int e = lane; e < E; e += kWarp)
+    row[e] = narrow<T>(dense ? grad_logit(rule, row[e], aux.at(e), all, sums) : A(0));
   __syncwarp();
   for (int k = lane; k < K && live; k += kWarp)
     if (weights[k] != 0) row[ids[k]] = narrow<T>(pulls[k]);
 }
 
-template <class T> MOE_KERNEL __launch_bounds__(256, 4) route_backward_kernel(RouteBackwardArgs args, RouteTile tile) {
+template <class T>
+MOE_KERNEL __launch_bounds__(256, 4) route_backward_kernel(RouteBackwardArgs args, RouteTile tile, TokenRuns runs) {
   using A = acc_t<T>;
   MOE_SHARED(unsigned char, shared);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const int E = int(args.E), K = int(args.K);
-  const A* grad_lse = static_cast<const A*>(args.grad_lse);
-  for (int64_t first = int64_t(blockIdx.x) * tile.tokens; first < args.T; first += int64_t(gridDim.x) * tile.tokens) {
-    const int tokens = int(min(int64_t(tile.tokens), args.T - first));
-    T* rows = tile_in<T>(args.logits, args.logits_stride, first, tokens, E, shared);
-    int32_t* ids = copy_in(args.topk_ids + first * K, tokens * K, shared + tile.ids);
-    A* weights = copy_in(static_cast<const A*>(args.topk_weights) + first * K, tokens * K, shared + tile.weights);
-    A* pulls = reinterpret_cast<A*>(shared + tile.pulls);
-    if (args.grad_weights) pulls = copy_in(static_cast<const A*>(args.grad_weights) + first * K, tokens * K, pulls);
-    const A* lse = reinterpret_cast<A*>(shared + tile.lse);
-    if (grad_lse) lse = copy_in(grad_lse + first, tokens, shared + tile.lse);
-    land();
-    __syncthreads();
-    for (int i = warp; i < tokens; i += warps)
-      route_token_backward<T>(args, rows + i * E, ids + i * K, weights + i * K, pulls + i * K, grad_lse ? lse[i] : A(0),
-                              lane);
-    __syncthreads();
-    copy_out(static_cast<T*>(args.grad_logits) + first * E, rows, tokens * E);
-    __syncthreads();
+  const A *grad_lse = static_cast<const A*>(args.grad_lse), *grad_sums = static_cast<const A*>(args.grad_score_sums);
+  for (int64_t run = blockIdx.x; run < runs.count; run += gridDim.x) {
+    const int64_t end = runs.end(run);
+    const A* of_group = nullptr;
+    if (grad_sums) of_group = copy_in(grad_sums + runs.group_of(run) * E, E, shared + tile.sums);
+    for (int64_t first = runs.begin(run); first < end; first += tile.tokens) {
+      const int tokens = int(min(int64_t(tile.tokens), end - first));
+      T* rows = tile_in<T>(args.logits, args.logits_stride, first, tokens, E, shared);
+      int32_t* ids = copy_in(args.topk_ids + first * K, tokens * K, shared + tile.ids);
+      A* weights = copy_in(static_cast<const A*>(args.topk_weights) + first * K, tokens * K, shared + tile.weights);
+      A* pulls = reinterpret_cast<A*>(shared + tile.pulls);
+      if (args.grad_weights) pulls = copy_in(static_cast<const A*>(args.grad_weights) + first * K, tokens * K, pulls);
+      const A* lse = reinterpret_cast<A*>(shared + tile.lse);
+      if (grad_lse) lse = copy_in(grad_lse + first, tokens, shared + tile.lse);
+      land();
+      __syncthreads();
+      for (int i = warp; i < tokens; i += warps)
+        route_token_backward<T>(args, rows + i * E, ids + i * K, weights + i * K, pulls + i * K,
+                                grad_lse ? lse[i] : A(0), of_group, lane);
+      __syncthreads();
+      copy_out(static_cast<T*>(args.grad_logits) + first * E, rows, tokens * E);
+      __syncthreads();
+    }
   }
 }
 

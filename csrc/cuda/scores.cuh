@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a row of logits becomes before any choice is made, and back, on a GPU: a warp a row, its logits in shared memory.
+// What a row of logits becomes before any choice is made, and back, on a GPU: a warp a row, its logits in shared
+// memory.
 #pragma once
 #include "../moe.h"
 #include "../score.h"
