@@ -8,10 +8,16 @@ import importlib.util
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCE = '#include "cuda/route.cuh"\n#include "cuda/permute.cuh"\n#include "cuda/unpermute.cuh"\n'
+STAGES = ("route", "sum_scores", "limit_capacity", "permute", "unpermute")
+SOURCE = "".join(f'#include "cuda/{stage}.cuh"\n' for stage in STAGES)
 KERNELS = (
     "moe::cuda::route_kernel<moe::bf16>",
     "moe::cuda::route_backward_kernel<float>",
+    "moe::cuda::sum_scores_kernel<moe::f16>",
+    "moe::cuda::sum_scores_backward_kernel<moe::bf16>",
+    "moe::cuda::add_rows_kernel<float>",
+    "moe::cuda::limit_capacity_kernel",
+    "moe::cuda::limit_drop_kernel",
     "moe::cuda::permute_index_kernel",
     "moe::cuda::permute_place_kernel",
     "moe::cuda::permute_rows_kernel<uint4>",

@@ -49,15 +49,14 @@ def _seed_and_poison() -> Iterator[None]:
 
 
 CPU = SimpleNamespace(
-    name="cpu", route=mk.route, route_with_sums=mk.route_with_sums,
-    sum_scores=torch.ops.moe_kernels.sum_scores.default, limit_capacity=mk.limit_capacity, permute=mk.permute, grouped_gemm=mk.grouped_gemm,
-    unpermute=mk.unpermute, fused_experts=mk.fused_experts, device="cpu",
+    name="cpu", device="cpu", route=mk.route, route_with_sums=mk.route_with_sums,
+    sum_scores=torch.ops.moe_kernels.sum_scores.default, limit_capacity=mk.limit_capacity, permute=mk.permute,
+    grouped_gemm=mk.grouped_gemm, unpermute=mk.unpermute, fused_experts=mk.fused_experts,
 )  # fmt: skip
 REFERENCE = SimpleNamespace(
-    name="reference", route=reference.route, route_with_sums=reference.route_with_sums, sum_scores=fallback.sum_scores,
-    limit_capacity=reference.limit_capacity, permute=reference.permute,
+    name="reference", device="cpu", route=reference.route, route_with_sums=reference.route_with_sums,
+    sum_scores=fallback.sum_scores, limit_capacity=reference.limit_capacity, permute=reference.permute,
     grouped_gemm=reference.grouped_gemm, unpermute=reference.unpermute, fused_experts=reference.fused_experts,
-    device="cpu",
 )  # fmt: skip
 
 
@@ -76,7 +75,14 @@ CUDA = SimpleNamespace(
     sum_scores=_on_gpu(torch.ops.moe_kernels.sum_scores.default), limit_capacity=_on_gpu(mk.limit_capacity),
     permute=_on_gpu(mk.permute), unpermute=_on_gpu(mk.unpermute),
 )  # fmt: skip
-EMULATED = ("test_route", "test_sum_scores", "test_limit_capacity", "test_permute", "test_unpermute")  # the stages that have CUDA kernels
+EMULATED = (
+    "test_route",
+    "test_route_sums",
+    "test_sum_scores",
+    "test_limit_capacity",
+    "test_permute",
+    "test_unpermute",
+)  # the stages that have CUDA kernels
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
