@@ -8,11 +8,17 @@ import importlib.util
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCE = '#include "cuda/route.cuh"\n#include "cuda/permute.cuh"\n#include "cuda/unpermute.cuh"\n'
-SOURCE += '#include "cuda/expert_choice.cuh"\n#include "cuda/sinkhorn.cuh"\n'
+STAGES = ("route", "sum_scores", "limit_capacity", "permute", "unpermute", "expert_choice", "sinkhorn")
+SOURCE = "".join(f'#include "cuda/{stage}.cuh"
+' for stage in STAGES)
 KERNELS = (
     "moe::cuda::route_kernel<moe::bf16>",
     "moe::cuda::route_backward_kernel<float>",
+    "moe::cuda::sum_scores_kernel<moe::f16>",
+    "moe::cuda::sum_scores_backward_kernel<moe::bf16>",
+    "moe::cuda::add_rows_kernel<float>",
+    "moe::cuda::limit_capacity_kernel",
+    "moe::cuda::limit_drop_kernel",
     "moe::cuda::expert_scores_kernel<moe::bf16>",
     "moe::cuda::expert_cuts_kernel<float>",
     "moe::cuda::expert_slots_kernel<double>",

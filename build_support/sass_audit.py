@@ -52,13 +52,17 @@ int main() {
   for (int element : {8, 4, 2})
     for (int E : {8, 64, 128, 256, 512, 2048})
       for (int backward : {0, 1}) {
-        const RouteTile t = route_tile(32768, E, 1, E < 8 ? E : 8, element, backward);
+        const RouteTile t = route_tile(32768, E, 1, E < 8 ? E : 8, element, backward, true);
         std::printf("route%s %d %d %d %u\\n", backward ? "_backward" : "", element, E, t.warps, t.bytes);
+        const RouteTile s = route_tile(32768, E, 1, 0, element, backward, true);
+        std::printf("sum_scores%s %d %d %d %u\\n", backward ? "_backward" : "", element, E, s.warps, s.bytes);
       }
   for (int E : {8, 64, 128, 256, 512, 2048})
     for (long S : {16384L, 262144L}) {
       const IndexTile t = index_tile(S, E);
       std::printf("%s 0 %d %d %u\\n", t.tiles == 1 ? "permute_index" : "permute_place", E, t.warps, t.bytes);
+      for (const char* name : {t.tiles == 1 ? "limit_capacity" : "limit_count", t.tiles == 1 ? "" : "limit_drop"})
+        if (*name) std::printf("%s 0 %d %d %u\\n", name, E, t.warps, t.offsets);
     }
 }
 """
@@ -145,6 +149,10 @@ def occupancy(arch: str, registers: int, warps: int, shared: int) -> float:
     return min(by_registers, by_shared, limit.blocks, limit.warps // warps) * warps / limit.warps
 
 
+# Warps and bytes of shared memory where they do not depend on E.
+SHARED = {
+    "permute_scan": (32, 4096), "limit_scan": (32, 4096), "add_rows<float>": (32, 4096), "add_rows<double>": (32, 8192)
+}  # fmt: skip
 ELEMENT = {"double": 8, "float": 4, "bf16": 2, "f16": 2}
 
 
@@ -153,13 +161,13 @@ def occupancies(name: str, arch: str, kernel: Kernel, table: dict) -> dict[int, 
     stem, _, argument = name.partition("<")
     of_kernel = table.get((stem, ELEMENT.get(argument.split(",")[0].rstrip(">"), 0))) or table.get((stem, 0))
     if of_kernel is None:
-        warps = 32 if stem == "permute_scan" else 8
-        return {0: occupancy(arch, kernel.registers, warps, 4096 if stem == "permute_scan" else 0)}
+        warps, size = SHARED.get(name, (8, 0))
+        return {0: occupancy(arch, kernel.registers, warps, size)}
     return {E: occupancy(arch, kernel.registers, warps, size) for E, (warps, size) in of_kernel.items()}
 
 
 def complaints(arch: str, found: dict[str, Kernel], budget: dict[str, dict[str, int]], table: dict) -> list[str]:
-    """What is over its budget, and route kernels of low occupancy."""
+    """What is over its budget, and kernels over the logits of low occupancy."""
     said = [f"sm_{arch} {name}: no budget (--write)" for name in found.keys() - budget.keys()]
     said += [f"sm_{arch} {name}: in budgets.json, but not compiled" for name in budget.keys() - found.keys()]
     for name, kernel in found.items():
@@ -169,7 +177,7 @@ def complaints(arch: str, found: dict[str, Kernel], budget: dict[str, dict[str, 
             most = budget.get(name, {}).get(field)
             if most is not None and value > most * (SLACK if field == "instructions" else 1):
                 said.append(f"sm_{arch} {name}: {field} {value}, budget {most}")
-        if name.startswith("route") and "double" not in name:
+        if name.startswith(("route", "sum_scores")) and "double" not in name:
             for E, share in occupancies(name, arch, kernel, table).items():
                 if E <= 512 and share < 0.5:
                     said.append(f"sm_{arch} {name}: occupancy {share:.0%} at E={E}, wanted 50 %")

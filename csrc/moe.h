@@ -32,7 +32,8 @@ struct RouteRule {
   double logit_softcap;    // c * tanh(l / c) before all else; 0 = off
 };
 
-/// route: score the logits, keep the K best (ties: lowest id), weigh them. Reads T*E, writes T*K.
+/// route: score the logits, keep the K best (ties: lowest id), weigh them. Reads T*E, writes T*K. Where score_sums is
+/// given, it sums the scores by expert for the balance losses too, as sum_scores does.
 struct RouteArgs {
   int64_t T, E, K;
   int64_t G, topk_group, group_top;  // experts outside the topk_group best groups are masked; G = 1: no groups
@@ -46,10 +47,13 @@ struct RouteArgs {
   int32_t* topk_ids;            // [T, K] by descending selection score, -1 = absent
   int32_t* tokens_per_expert;   // [E]
   void* lse;                    // [T] acc, logsumexp of the (capped) logits; null unless softmax
-  void* workspace;              // route_workspace_bytes on a CPU, null on a GPU
+  int64_t B;                    // groups of T / B tokens, for score_sums only
+  bool normalize_scores;        // a token's scores are divided by their sum before they are added up
+  void* score_sums;             // [B, E] acc, or null
+  void* workspace;              // route_workspace_bytes
 };
 
-/// route_backward: d logits from d topk_weights and d lse. Reads T*E, writes T*E.
+/// route_backward: d logits from d topk_weights, d lse and d score_sums. Reads T*E, writes T*E, once.
 struct RouteBackwardArgs {
   int64_t T, E, K;
   RouteRule rule;
@@ -58,26 +62,41 @@ struct RouteBackwardArgs {
   const void* grad_lse;      // [T] acc, or null
   const void* logits;        // [T, E]
   int64_t logits_stride;
-  const int32_t* topk_ids;   // [T, K]
+  const int32_t* topk_ids;   // [T, K]; a token whose first id is absent is masked
   const void* topk_weights;  // [T, K] acc; a slot of weight 0 was out of reach and gets no gradient
-  void* grad_logits;         // [T, E]
-  void* workspace;           // route_workspace_bytes on a CPU, null on a GPU
+  int64_t B;
+  bool normalize_scores;
+  const void* grad_score_sums;  // [B, E] acc, or null
+  void* grad_logits;            // [T, E]
+  void* workspace;              // route_backward_workspace_bytes on a CPU, null on a GPU
 };
 
-/// sum_scores and its backward: the scores of the tokens of each of B groups of T / B tokens, summed by expert. Reads
-/// T*E; the backward writes T*E.
+/// sum_scores: the scores of the tokens of each of B groups of T / B tokens, summed by expert, where nothing is chosen.
+/// Reads T*E.
 struct SumScoresArgs {
   int64_t T, E, B;
   RouteRule rule;      // scoring and logit_softcap
   bool normalize;      // a token's scores are divided by their sum
-  DType dtype;         // of logits and grad_logits
+  DType dtype;         // of logits
   const void* logits;  // [T, E]
   int64_t logits_stride;
   const uint8_t* padding_mask;  // [T], 0 = not a token, or null
-  void* sums;                   // [B, E] acc; forward
-  const void* grad_sums;        // [B, E] acc; backward
-  void* grad_logits;            // [T, E]; backward
+  void* sums;                   // [B, E] acc
   void* workspace;              // sum_scores_workspace_bytes
+};
+
+/// sum_scores_backward: d logits from d sums. Reads T*E, writes T*E.
+struct SumScoresBackwardArgs {
+  int64_t T, E, B;
+  RouteRule rule;
+  bool normalize;
+  DType dtype;            // of logits and grad_logits
+  const void* grad_sums;  // [B, E] acc
+  const void* logits;     // [T, E]
+  int64_t logits_stride;
+  const uint8_t* padding_mask;
+  void* grad_logits;  // [T, E]
+  void* workspace;    // sum_scores_backward_workspace_bytes on a CPU, null on a GPU
 };
 
 /// narrow_ids: ids of any integer width to int32, through expert_map where given; all that is not in [0, E) becomes -1.
@@ -268,13 +287,15 @@ struct PackArgs {
 constexpr int64_t kPanel = 32;  // columns of a weight panel
 
 namespace cpu {
-int64_t route_workspace_bytes(int64_t E, const Workers&);
+int64_t route_workspace_bytes(const RouteArgs&, const Workers&);
 void route(const RouteArgs&, const Workers&);
+int64_t route_backward_workspace_bytes(const RouteBackwardArgs&, const Workers&);
 void route_backward(const RouteBackwardArgs&, const Workers&);
 void narrow_ids(const NarrowIdsArgs&);
 int64_t sum_scores_workspace_bytes(const SumScoresArgs&, const Workers&);
 void sum_scores(const SumScoresArgs&, const Workers&);
-void sum_scores_backward(const SumScoresArgs&, const Workers&);
+int64_t sum_scores_backward_workspace_bytes(const SumScoresBackwardArgs&, const Workers&);
+void sum_scores_backward(const SumScoresBackwardArgs&, const Workers&);
 int64_t limit_capacity_workspace_bytes(const LimitCapacityArgs&, const Workers&);
 void limit_capacity(const LimitCapacityArgs&, const Workers&);
 int64_t expert_cuts_workspace_bytes(const ExpertCutsArgs&, const Workers&);

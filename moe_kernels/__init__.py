@@ -24,6 +24,7 @@ from .ops import (  # noqa: E402
     pack_experts,
     permute,
     route,
+    route_with_sums,
     unpermute,
 )
 from .routers import Router  # noqa: E402
@@ -59,6 +60,7 @@ __all__ = [
     "replace",
     "restore",
     "route",
+    "route_with_sums",
     "routers",
     "unpermute",
 ]

@@ -14,26 +14,30 @@ from torch.library import register_autocast, register_autograd
 
 from .schemas import DTYPE_CODE, NAMESPACE
 
-# ---- route: keeps logits, ids and weights, O(T*K) beside the logits that the router has anyway
+# ---- route: keeps logits, ids and weights, O(T*K) beside the logits that the router has anyway; one pass over the
+# ---- logits serves the weights, the logsumexp (z-loss) and the sums of the scores (balance losses)
 
 
 def _route_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, _, ctx.scoring, ctx.renormalize, ctx.eps, ctx.scale, ctx.softcap = inputs[:7]
-    topk_weights, topk_ids, counts, _ = output
+    ctx.score_groups, ctx.normalize = inputs[12:]
+    topk_weights, topk_ids, counts, _, _ = output
     ctx.save_for_backward(logits, topk_ids, topk_weights)
     ctx.mark_non_differentiable(topk_ids, counts)
     ctx.set_materialize_grads(False)
 
 
 def _route_backward(
-    ops: Any, ctx: Any, grad_weights: Tensor | None, _ids: None, _counts: None, grad_lse: Tensor | None
-) -> Any:
-    none = (None,) * 11
+    ops: Any, ctx: Any, grad_weights: Tensor | None, _ids: None, _counts: None, grad_lse: Tensor | None,
+    grad_sums: Tensor | None,
+) -> Any:  # fmt: skip
+    none = (None,) * 13
     grad_lse = grad_lse if ctx.scoring == 0 else None
-    if grad_weights is None and grad_lse is None:
+    grad_sums = grad_sums if ctx.score_groups else None
+    if grad_weights is None and grad_lse is None and grad_sums is None:
         return None, *none
-    rule = (ctx.scoring, ctx.renormalize, ctx.eps, ctx.scale, ctx.softcap)
-    return ops.route_backward.default(grad_weights, grad_lse, *ctx.saved_tensors, *rule), *none
+    rule = (ctx.scoring, ctx.renormalize, ctx.eps, ctx.scale, ctx.softcap, ctx.normalize)
+    return ops.route_backward.default(grad_weights, grad_lse, grad_sums, *ctx.saved_tensors, *rule), *none
 
 
 # ---- expert_choice, sinkhorn: the choice has no gradient, the weights that of route for the same ids
@@ -163,7 +167,7 @@ def _fused_experts_backward(ops: Any, ctx: Any, grad_y: Tensor | None, _hidden: 
     return tuple(grads)
 
 
-_FORMULAS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+FORMULAS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "route": (_route_backward, _route_setup),
     "expert_choice": (_chosen_backward, _chosen_setup),
     "sinkhorn": (_chosen_backward, _chosen_setup),
@@ -175,10 +179,10 @@ _FORMULAS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 }
 
 
-def install(namespace: str = NAMESPACE, names: Iterable[str] = tuple(_FORMULAS)) -> None:
+def install(namespace: str = NAMESPACE, names: Iterable[str] = tuple(FORMULAS)) -> None:
     """Registers the backward of the ops `names`, and the autocast rule of the router: routing is done in float32."""
     for name in names:
-        backward, setup = _FORMULAS[name]
+        backward, setup = FORMULAS[name]
         register_autograd(f"{namespace}::{name}", partial(backward, getattr(torch.ops, namespace)), setup_context=setup)
     for device in ("cpu", "cuda"):
         register_autocast(f"{namespace}::route", device, torch.float32)

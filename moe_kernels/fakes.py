@@ -15,14 +15,15 @@ _INT = torch.int32
 
 
 @register_fake(f"{NAMESPACE}::route")
-def _route(logits, top_k, scoring, *_):
-    (T, E), acc = logits.shape, acc_dtype(logits.dtype)
+def _route(logits, top_k, scoring, *rest):
+    (T, E), acc, score_groups = logits.shape, acc_dtype(logits.dtype), rest[-2]
     return (logits.new_empty((T, top_k), dtype=acc), logits.new_empty((T, top_k), dtype=_INT),
-            logits.new_empty((E,), dtype=_INT), logits.new_empty((0 if scoring else T,), dtype=acc))  # fmt: skip
+            logits.new_empty((E,), dtype=_INT), logits.new_empty((0 if scoring else T,), dtype=acc),
+            logits.new_empty((score_groups, E), dtype=acc))  # fmt: skip
 
 
 @register_fake(f"{NAMESPACE}::route_backward")
-def _route_backward(grad_weights, grad_lse, logits, *_):
+def _route_backward(grad_weights, grad_lse, grad_score_sums, logits, *_):
     return logits.new_empty(logits.shape)
 
 

@@ -70,25 +70,32 @@ def _gradients(forward: Callable[..., Tensor | tuple[Tensor, ...]], cotangents: 
 
 
 def route(logits, top_k, scoring, renormalize, renormalize_eps, scale, logit_softcap, num_expert_group, topk_group,
-          group_top, e_score_correction_bias, padding_mask):  # fmt: skip
+          group_top, e_score_correction_bias, padding_mask, score_groups, normalize_scores):  # fmt: skip
     routing = reference.route(
         logits, top_k, scoring_func=SCORING[scoring], renormalize=renormalize, renormalize_eps=renormalize_eps,
         e_score_correction_bias=e_score_correction_bias, num_expert_group=num_expert_group, topk_group=topk_group,
         group_top=group_top, routed_scaling_factor=scale, logit_softcap=logit_softcap, padding_mask=padding_mask,
     )  # fmt: skip
     lse = _empty(logits, acc_dtype(logits.dtype)) if routing.lse is None else routing.lse
-    return routing.topk_weights, routing.topk_ids, routing.tokens_per_expert, lse
+    sums = logits.new_empty((0, logits.shape[1]), dtype=acc_dtype(logits.dtype))
+    if score_groups:
+        sums = _sum_scores(logits, scoring, normalize_scores, logit_softcap, score_groups, padding_mask)
+    return routing.topk_weights, routing.topk_ids, routing.tokens_per_expert, lse, sums
 
 
-def route_backward(grad_weights, grad_lse, logits, topk_ids, topk_weights, scoring, renormalize, renormalize_eps, scale,
-                   logit_softcap):  # fmt: skip
+def route_backward(grad_weights, grad_lse, grad_score_sums, logits, topk_ids, topk_weights, scoring, renormalize,
+                   renormalize_eps, scale, logit_softcap, normalize_scores):  # fmt: skip
     live_ids = torch.where(topk_weights != 0, topk_ids, -1)  # an expert out of reach has weight 0 and no gradient
+    unmasked = topk_ids[:, 0] >= 0
 
-    def forward(logits: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(logits: Tensor) -> tuple[Tensor, ...]:
         l, s = reference.scores(logits, SCORING[scoring], logit_softcap)
-        return reference.weigh(s, live_ids, renormalize, renormalize_eps, scale), reference.log_sum_exp(l, topk_ids)
+        w, lse = reference.weigh(s, live_ids, renormalize, renormalize_eps, scale), reference.log_sum_exp(l, topk_ids)
+        if grad_score_sums is None:
+            return w, lse
+        return w, lse, _sum_scores(logits, scoring, normalize_scores, logit_softcap, len(grad_score_sums), unmasked)
 
-    return _gradients(forward, (grad_weights, grad_lse), (logits,), (True,))[0]
+    return _gradients(forward, (grad_weights, grad_lse, grad_score_sums), (logits,), (True,))[0]
 
 
 def _sum_scores(logits, scoring, normalize, logit_softcap, groups, padding_mask):

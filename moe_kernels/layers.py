@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from . import check, ops, reference
 from .capacity import Capacity
 from .dropout import Dropout
-from .losses import GlobalCounts, Load, Loss, LossInputs, ZLoss, resolve
+from .losses import GlobalCounts, Load, Loss, LossInputs, ZLoss, groups_of, resolve, sums_wanted
 from .ops import Routing
 from .routers import INITS, Gate, RouterFn, RouterSettings, draw, make_gate
 from .schemas import ACTIVATIONS, acc_dtype
@@ -250,10 +250,16 @@ class MoELayer(nn.Module):
         length = x.shape[-2] if x.dim() >= 3 else None
         known = {"sequence_length": length, "position_ids": _flat("position_ids", position_ids, check.IDS, x)}
         ids = _flat("token_ids", token_ids, check.IDS, x)
-        found = self.router(rows, padding_mask=mask, token_ids=ids, **{name: known[name] for name in self.router.wants})
+        more: dict[str, Any] = {name: known[name] for name in self.router.wants}
+        wanted = sums_wanted(self.losses) if self.router.sums_scores else None
+        if wanted is not None:
+            more["sums"] = (groups_of(wanted[0], rows.shape[0], length), wanted[1])
+        found = self.router(rows, padding_mask=mask, token_ids=ids, **more)
         logits, chosen = found[:2]
         counts = self.global_counts if self.training else None
-        inputs = LossInputs(logits, chosen, self.router.settings, length, mask, *_noise(found), counts)
+        sums = (None, True) if wanted is None else (found[2], wanted[1])
+        noise = (None, None) if wanted is not None else _noise(found)
+        inputs = LossInputs(logits, chosen, self.router.settings, length, mask, *noise, counts, *sums)
         aux = self._aux_loss(inputs)
         routing = chosen
         if self.capacity is not None:

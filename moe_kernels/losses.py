@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -42,6 +42,10 @@ class LossInputs:
     """[T, E] the logits that were chosen from"""
     global_counts: GlobalCounts | None = None
     """of the layer: what the scope "global_batch" adds to"""
+    score_sums: Tensor | None = None
+    """acc [B, E] of `route_with_sums` for `sums_wanted`, or None: a loss that wants sums reads the logits again"""
+    normalized_sums: bool = True
+    """what they were asked for with"""
 
     def scores(self) -> Tensor:
         """acc [T, E]: what the score function makes of the logits."""
@@ -57,8 +61,7 @@ class LossInputs:
 
     def groups(self, scope: str) -> int:
         """B: how many groups of tokens the scope makes."""
-        T, S = self.logits.shape[0], self.sequence_length
-        return T // S if scope == "sequence" and S and T else 1
+        return groups_of(scope, self.logits.shape[0], self.sequence_length)
 
     def valid(self, scope: str) -> Tensor:
         """acc [B, 1] tokens of every group that are no padding, at least 1."""
@@ -70,13 +73,18 @@ class LossInputs:
 
     def mean_scores(self, scope: str, normalize: bool = True) -> Tensor:
         """P acc [B, E], the mean over a group's tokens of the scores, each divided by its token's sum if normalize."""
-        code = SCORING_CODE[self.router.scoring_func]
-        rule = (code, normalize, self.router.logit_softcap, self.groups(scope), self.padding_mask)
-        return _SUM_SCORES(self.logits, *rule) / self.valid(scope)  # type: ignore[no-any-return]
+        code, sums, B = SCORING_CODE[self.router.scoring_func], self.score_sums, self.groups(scope)
+        if sums is None or (code != 0 and normalize != self.normalized_sums):
+            sums = _SUM_SCORES(self.logits, code, normalize, self.router.logit_softcap, B, self.padding_mask)
+        elif sums.shape[0] != B:  # they are those of sequences
+            sums = sums.sum(0, keepdim=True)
+        return sums / self.valid(scope)
 
     def counts(self, ids: Tensor, scope: str) -> Tensor:
         """ids [T, k], -1 for absent -> acc [B, E] slots of every expert in every group."""
         E, B = self.logits.shape[1], self.groups(scope)
+        if B == 1 and ids is self.routing.topk_ids:
+            return self.routing.tokens_per_expert[None].to(acc_dtype(self.logits.dtype))
         ids = torch.where((ids >= 0) & (ids < E), ids, E).long().reshape(B, -1)
         ones = torch.ones_like(ids, dtype=acc_dtype(self.logits.dtype))
         return ones.new_zeros((B, E + 1)).scatter_add(1, ids, ones)[:, :E]
@@ -98,6 +106,23 @@ class LossInputs:
 
 _SUM_SCORES = torch.ops.moe_kernels.sum_scores.default
 Loss = Callable[[LossInputs], Tensor]
+
+
+def groups_of(scope: str, tokens: int, sequence_length: int | None) -> int:
+    """B: how many groups the scope makes of the tokens."""
+    return tokens // sequence_length if scope == "sequence" and sequence_length and tokens else 1
+
+
+def sums_wanted(losses: Iterable[Loss]) -> tuple[str, bool] | None:
+    """(scope, normalize) of the sums of scores that serve the most of `losses`, or None: what a loss names as `sums`.
+
+    Sums of sequences serve the whole batch too; the scores of a softmax are normalised either way.
+    """
+    wanted = [loss.sums for loss in losses if getattr(loss, "sums", None) is not None]  # type: ignore[attr-defined]
+    if not wanted:
+        return None
+    scope = "sequence" if any(scope == "sequence" for scope, _ in wanted) else "micro_batch"
+    return scope, any(normalize for _, normalize in wanted)
 
 
 class GlobalCounts:
@@ -146,6 +171,10 @@ class Switch:
     def __post_init__(self) -> None:
         check.choice("Switch", "scope", self.scope, SCOPES)
 
+    @property
+    def sums(self) -> tuple[str, bool]:
+        return self.scope, True
+
     def __call__(self, inputs: LossInputs) -> Tensor:
         E, ids = inputs.logits.shape[1], inputs.routing.topk_ids
         slots, tokens = inputs.counts(ids, self.scope), inputs.valid(self.scope)
@@ -160,6 +189,7 @@ class Switch:
 class GShard:
     """coef * mean over experts of (c_e / T) * P_e, c_e the first choices. Lepikhin et al. 2020, algorithm 1."""
 
+    sums: ClassVar[tuple[str, bool]] = ("micro_batch", True)
     coef: float = 0.01
 
     def __call__(self, inputs: LossInputs) -> Tensor:
@@ -186,6 +216,7 @@ class ZLoss:
 class DeepSeekV2Expert:
     """coef * sum_i f_i P_i a sequence, f_i = E/(K T) slots_i. DeepSeek-V2, section 2.2.3, eq. 23."""
 
+    sums: ClassVar[tuple[str, bool]] = ("sequence", False)
     coef: float = 0.003
 
     def __call__(self, inputs: LossInputs) -> Tensor:
@@ -197,6 +228,7 @@ class DeepSeekV2Expert:
 class DeepSeekV2Device:
     """coef * sum_d f'_d P'_d a sequence: mean f and summed P of a device's experts. DeepSeek-V2, eq. 27."""
 
+    sums: ClassVar[tuple[str, bool]] = ("sequence", False)
     coef: float = 0.05
     devices: int | None = None
     """D, None: the router's num_expert_group"""
@@ -212,6 +244,7 @@ class DeepSeekV2Device:
 class DeepSeekV2Comm:
     """coef * sum_d f''_d P'_d a sequence, f''_d = D/(M T) tokens sent to device d. DeepSeek-V2, eq. 30."""
 
+    sums: ClassVar[tuple[str, bool]] = ("sequence", False)
     coef: float = 0.02
     devices: int | None = None
     """D, None: the router's num_expert_group"""
@@ -232,6 +265,7 @@ class DeepSeekV2Comm:
 class DeepSeekV3:
     """coef * sum_i f_i P_i a sequence, P_i of the scores over their sum. DeepSeek-V3, section 2.1.2, eq. 17-20."""
 
+    sums: ClassVar[tuple[str, bool]] = ("sequence", True)
     coef: float = 1e-4
     count: str = "paper"
     """f from the K best scores without bias and groups ("paper", eq. 18), or from the experts that were "selected" """

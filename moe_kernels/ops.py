@@ -9,6 +9,8 @@ wanted and what came. Results are bitwise the same in every run and for any numb
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,7 @@ from .schemas import ACTIVATION_CODE, DTYPE_CODE, SCORING, SCORING_CODE
 
 __all__ = [
     "PackedExperts", "Permuted", "Routing", "backend_of", "fused_experts", "grouped_gemm", "pack_experts", "permute",
-    "route", "unpermute",
+    "route", "route_with_sums", "unpermute",
 ]  # fmt: skip
 
 fallback.install()
@@ -73,6 +75,48 @@ def route(
     Errors: TypeError, ValueError. With MOE_KERNELS_DEBUG=1 NaN logits raise ValueError.
     Determinism: bitwise.
     """
+    call = _route_arguments(
+        logits, top_k, scoring_func, renormalize, renormalize_eps, e_score_correction_bias, num_expert_group,
+        topk_group, group_top, routed_scaling_factor, scale_when_renormalized, logit_softcap, padding_mask,
+    )  # fmt: skip
+    weights, ids, counts, lse, _ = _ROUTE(*call, 0, False)
+    return Routing(weights, ids, counts, lse if scoring_func == "softmax" else None, None)
+
+
+def route_with_sums(
+    logits: Tensor, top_k: int, groups: int = 1, *, normalize: bool = True, **options: Any
+) -> tuple[Routing, Tensor]:
+    """`route`, and from the same pass over the logits the sums of scores that balance losses are made of.
+
+    Args:
+        logits, top_k, options: as in `route`.
+        groups: B groups of T / B consecutive tokens, each with sums of its own.
+        normalize: divide the scores of a token by their sum; those of a softmax add up to 1 anyhow.
+    Returns:
+        Routing, and score_sums acc [B, E]: the scores of a group's tokens added up by expert, without those that
+        padding_mask leaves out. The backward adds all of topk_weights, lse and score_sums to d logits in one pass and
+        keeps T*K numbers beside the logits.
+
+    Errors: TypeError, ValueError, as `route`.
+    Determinism: bitwise.
+    """
+    call = _route_arguments(logits, top_k, **options)
+    check.count("route_with_sums", "groups", groups, 1)
+    if logits.shape[0] % groups:
+        check.refuse("route_with_sums", "groups", f"a divisor of T={logits.shape[0]}", str(groups))
+    weights, ids, counts, lse, sums = _ROUTE(*call, groups, normalize)
+    softmax = options.get("scoring_func", "softmax") == "softmax"
+    return Routing(weights, ids, counts, lse if softmax else None, None), sums
+
+
+def _route_arguments(
+    logits: Tensor, top_k: int, scoring_func: str = "softmax", renormalize: bool = True,
+    renormalize_eps: float | None = None, e_score_correction_bias: Tensor | None = None,
+    num_expert_group: int | None = None, topk_group: int | None = None, group_top: int | None = None,
+    routed_scaling_factor: float = 1.0, scale_when_renormalized: bool = True, logit_softcap: float = 0.0,
+    padding_mask: Tensor | None = None,
+) -> tuple[Any, ...]:  # fmt: skip
+    """The checked arguments of the op, up to padding_mask."""
     groups = 1 if num_expert_group is None else num_expert_group
     limit = 1 if topk_group is None and groups == 1 else topk_group
     bias, mask = e_score_correction_bias, padding_mask
@@ -103,10 +147,7 @@ def route(
         check.no_nan("route", "logits", logits)
     eps = renormalize_eps if renormalize_eps is not None else 0.0 if code == 0 else 1e-20
     renormalize, scale = effective_scale(renormalize, top_k, routed_scaling_factor, scale_when_renormalized)
-    weights, ids, counts, lse = _ROUTE(
-        logits, top_k, code, renormalize, eps, scale, logit_softcap, groups, limit, group_top, bias, mask
-    )
-    return Routing(weights, ids, counts, lse if code == 0 else None, None)
+    return logits, top_k, code, renormalize, eps, scale, logit_softcap, groups, limit, group_top, bias, mask
 
 
 def permute(x: Tensor, topk_ids: Tensor, num_experts: int, *, align: int = 1) -> Permuted:

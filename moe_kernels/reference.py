@@ -13,7 +13,7 @@ float64 throughout; any other dtype is computed in float32 and cast once at the 
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -150,6 +150,14 @@ def sum_scores(
     if padding_mask is not None:
         s = torch.where(padding_mask[:, None], s, 0.0)
     return s.reshape(groups, s.shape[0] // groups, s.shape[1]).sum(1)
+
+
+def route_with_sums(
+    logits: Tensor, top_k: int, groups: int = 1, *, normalize: bool = True, **options: Any
+) -> tuple[Routing, Tensor]:
+    """logits [T, E] -> Routing and score_sums [B, E]: `route` and `sum_scores` of the same logits."""
+    summed = {name: options[name] for name in ("scoring_func", "logit_softcap", "padding_mask") if name in options}
+    return route(logits, top_k, **options), sum_scores(logits, normalize=normalize, groups=groups, **summed)
 
 
 # ---- capacity

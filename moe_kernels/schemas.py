@@ -17,13 +17,15 @@ ACTIVATION_CODE = {name: code for code, name in enumerate(ACTIVATIONS)}
 DTYPE_CODE = {dtype: code for code, dtype in enumerate(DTYPES)}
 
 SCHEMAS = {
-    # logits [T, E] -> topk_weights [T, K] acc, topk_ids [T, K] i32, tokens_per_expert [E] i32, lse [T] acc or [0]
+    # logits [T, E] -> topk_weights [T, K] acc, topk_ids [T, K] i32, tokens_per_expert [E] i32, lse [T] acc or [0],
+    # score_sums [score_groups, E] acc; 0 groups: nothing is summed
     "route": "(Tensor logits, int top_k, int scoring, bool renormalize, float renormalize_eps, float scale, "
     "float logit_softcap, int num_expert_group, int topk_group, int group_top, Tensor? e_score_correction_bias, "
-    "Tensor? padding_mask) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? padding_mask, SymInt score_groups, bool normalize_scores) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     # -> grad of logits [T, E]
-    "route_backward": "(Tensor? grad_weights, Tensor? grad_lse, Tensor logits, Tensor topk_ids, Tensor topk_weights, "
-    "int scoring, bool renormalize, float renormalize_eps, float scale, float logit_softcap) -> Tensor",
+    "route_backward": "(Tensor? grad_weights, Tensor? grad_lse, Tensor? grad_score_sums, Tensor logits, "
+    "Tensor topk_ids, Tensor topk_weights, int scoring, bool renormalize, float renormalize_eps, float scale, "
+    "float logit_softcap, bool normalize_scores) -> Tensor",
     # logits [T, E] -> sums [B, E] acc: the scores of the tokens of each group
     "sum_scores": "(Tensor logits, int scoring, bool normalize, float logit_softcap, SymInt groups, "
     "Tensor? padding_mask) -> Tensor",

@@ -16,7 +16,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 import moe_kernels as mk
-from moe_kernels import _build, reference
+from moe_kernels import _build, fallback, reference
 from moe_kernels.routers import assignment, expert_choice
 
 STRICT = "MOE_KERNELS_STRICT"
@@ -50,14 +50,16 @@ def _seed_and_poison() -> Iterator[None]:
 
 
 CPU = SimpleNamespace(
-    name="cpu", route=mk.route, limit_capacity=mk.limit_capacity, permute=mk.permute, grouped_gemm=mk.grouped_gemm,
-    unpermute=mk.unpermute, fused_experts=mk.fused_experts, expert_choice=expert_choice.choose,
-    sinkhorn=assignment.balance, device="cpu",
+    name="cpu", device="cpu", route=mk.route, route_with_sums=mk.route_with_sums,
+    sum_scores=torch.ops.moe_kernels.sum_scores.default, limit_capacity=mk.limit_capacity, permute=mk.permute,
+    grouped_gemm=mk.grouped_gemm, unpermute=mk.unpermute, fused_experts=mk.fused_experts,
+    expert_choice=expert_choice.choose, sinkhorn=assignment.balance,
 )  # fmt: skip
 REFERENCE = SimpleNamespace(
-    name="reference", route=reference.route, limit_capacity=reference.limit_capacity, permute=reference.permute,
+    name="reference", device="cpu", route=reference.route, route_with_sums=reference.route_with_sums,
+    sum_scores=fallback.sum_scores, limit_capacity=reference.limit_capacity, permute=reference.permute,
     grouped_gemm=reference.grouped_gemm, unpermute=reference.unpermute, fused_experts=reference.fused_experts,
-    expert_choice=reference.expert_choice, sinkhorn=reference.sinkhorn, device="cpu",
+    expert_choice=reference.expert_choice, sinkhorn=reference.sinkhorn,
 )  # fmt: skip
 
 
@@ -72,10 +74,15 @@ def _on_gpu(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 CUDA = SimpleNamespace(
-    name="cuda", route=_on_gpu(mk.route), permute=_on_gpu(mk.permute), unpermute=_on_gpu(mk.unpermute),
-    expert_choice=_on_gpu(expert_choice.choose), sinkhorn=_on_gpu(assignment.balance), device="cuda",
+    name="cuda", device="cuda", route=_on_gpu(mk.route), route_with_sums=_on_gpu(mk.route_with_sums),
+    sum_scores=_on_gpu(torch.ops.moe_kernels.sum_scores.default), limit_capacity=_on_gpu(mk.limit_capacity),
+    permute=_on_gpu(mk.permute), unpermute=_on_gpu(mk.unpermute), expert_choice=_on_gpu(expert_choice.choose),
+    sinkhorn=_on_gpu(assignment.balance),
 )  # fmt: skip
-EMULATED = ("test_route", "test_permute", "test_unpermute", "test_expert_choice", "test_sinkhorn")  # the stages that have CUDA kernels
+EMULATED = {  # the stages that have CUDA kernels
+    "test_route", "test_route_sums", "test_sum_scores", "test_limit_capacity", "test_permute", "test_unpermute",
+    "test_expert_choice", "test_sinkhorn",
+}  # fmt: skip
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

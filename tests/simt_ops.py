@@ -23,13 +23,19 @@ from unittest import mock
 import torch
 
 import moe_kernels as mk
-from moe_kernels import autograd, ops, schemas
+from moe_kernels import autograd, capacity, losses, ops, schemas
 from moe_kernels.routers import assignment, expert_choice
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMESPACE = "moe_kernels_simt"
-STAGES = ("route", "route_backward", "permute", "permute_backward", "unpermute", "unpermute_backward")
-ROUTERS = ("expert_cuts", "expert_choice", "sinkhorn")
+CALLED = {
+    "route": (ops, "_ROUTE"), "limit_capacity": (capacity, "_LIMIT_CAPACITY"), "permute": (ops, "_PERMUTE"),
+    "unpermute": (ops, "_UNPERMUTE"), "expert_cuts": (expert_choice, "_CUTS"),
+    "expert_choice": (expert_choice, "_SLOTS"), "sinkhorn": (assignment, "_SINKHORN"),
+    "sum_scores": (losses, "_SUM_SCORES"),
+}  # fmt: skip
+"""op -> the name under which the package calls it"""
+STAGES = (*CALLED, *(f"{stage}_backward" for stage in CALLED if f"{stage}_backward" in schemas.SCHEMAS))
 SEED = "MOE_KERNELS_SIMT_SEED"
 
 
@@ -41,10 +47,10 @@ def library() -> CDLL:
     sys.path.pop(0)
     global _DEFINITIONS
     _DEFINITIONS = torch.library.Library(NAMESPACE, "DEF")
-    for name in STAGES + ROUTERS:
+    for name in STAGES:
         _DEFINITIONS.define(name + schemas.SCHEMAS[name])
     torch.ops.load_library(path)
-    autograd.install(NAMESPACE, ("route", "permute", "unpermute", "expert_choice", "sinkhorn"))
+    autograd.install(NAMESPACE, [stage for stage in CALLED if stage in autograd.FORMULAS])
     return CDLL(path)
 
 
@@ -80,54 +86,36 @@ def restart(seed: int = _FIRST_SEED) -> None:
     _seeds = itertools.count(seed)
 
 
-# ---- whole layers and routers: every name under which the package calls an op that has a CUDA kernel
-
-_CALLED = {
-    (ops, "_ROUTE"): "route", (ops, "_PERMUTE"): "permute", (ops, "_UNPERMUTE"): "unpermute",
-    (expert_choice, "_CUTS"): "expert_cuts", (expert_choice, "_SLOTS"): "expert_choice",
-    (assignment, "_SINKHORN"): "sinkhorn",
-}  # fmt: skip
-
-
 @contextmanager
-def everywhere() -> Iterator[None]:
-    """All ops that have CUDA kernels run them on the emulator, in whatever calls them. The next seed."""
+def patched() -> Iterator[None]:
+    """All ops that have CUDA kernels run on the emulator inside, for layers and models too. The next seed."""
     library()
     os.environ[SEED] = str(next(_seeds))
     with ExitStack() as stack:
-        for (module, name), stage in _CALLED.items():
+        for stage, (module, name) in CALLED.items():
             op = getattr(getattr(torch.ops, NAMESPACE), stage).default
             stack.enter_context(mock.patch.object(module, name, op))
         yield
 
 
-def _in_turn(function: Callable[..., Any]) -> Callable[..., Any]:
+def _on_emulator(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` with every op on the emulator."""
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        with everywhere():
+        with patched():
             return function(*args, **kwargs)
 
     return run
 
 
-def _on_emulator(function: Callable[..., Any], stage: str) -> Callable[..., Any]:
-    """`function` of moe_kernels.ops with the stage's op replaced. Every call takes the next seed: its schedule."""
-
-    @functools.wraps(function)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        library()
-        os.environ[SEED] = str(next(_seeds))
-        op = getattr(torch.ops, NAMESPACE)
-        with mock.patch.object(ops, f"_{stage.upper()}", getattr(op, stage).default):
-            return function(*args, **kwargs)
-
-    return run
+def _sum_scores(*args: Any) -> Any:
+    return torch.ops.moe_kernels_simt.sum_scores.default(*args)
 
 
 BACKEND = SimpleNamespace(
-    name="simt", device="cpu", route=_on_emulator(mk.route, "route"), permute=_on_emulator(mk.permute, "permute"),
-    unpermute=_on_emulator(mk.unpermute, "unpermute"), expert_choice=_in_turn(expert_choice.choose),
-    sinkhorn=_in_turn(assignment.balance),
+    name="simt", device="cpu", route=_on_emulator(mk.route), route_with_sums=_on_emulator(mk.route_with_sums),
+    sum_scores=_on_emulator(_sum_scores), limit_capacity=_on_emulator(mk.limit_capacity),
+    permute=_on_emulator(mk.permute), unpermute=_on_emulator(mk.unpermute),
+    expert_choice=_on_emulator(expert_choice.choose), sinkhorn=_on_emulator(assignment.balance),
 )  # fmt: skip

@@ -35,12 +35,13 @@ def includes(path: Path) -> list[str]:
 
 
 STRUCTS = {"route": "RouteArgs", "route_backward": "RouteBackwardArgs", "permute": "PermuteArgs",
-           "limit_capacity": "LimitCapacityArgs", "sum_scores": "SumScoresArgs", "sum_scores_backward": "SumScoresArgs",
+           "limit_capacity": "LimitCapacityArgs", "sum_scores": "SumScoresArgs",
+           "sum_scores_backward": "SumScoresBackwardArgs",
            "unpermute": "UnpermuteArgs", "unpermute_backward": "UnpermuteBackwardArgs",
            "grouped_gemm": "GroupedGemmArgs",
            "fused_experts": "FusedExpertsArgs", "fused_experts_backward": "FusedExpertsBackwardArgs"}  # fmt: skip
 OTHERWISE = {  # word of the schema -> what stands for it in moe.h
-    "top_k": "K", "num_experts": "E", "num_expert_group": "G", "groups": "B",  # letters inside
+    "top_k": "K", "num_experts": "E", "num_expert_group": "G", "groups": "B", "score_groups": "B",  # letters inside
     "e_score_correction_bias": "correction_bias", "swiglu_limit": "limit", "swiglu_alpha": "alpha",
     "transposed": "row_stride",  # a transposed weight is one of other strides
     "needs": "grad_x", "save_hidden": "hidden",  # null pointers
@@ -73,7 +74,7 @@ def test_the_struct_of_an_op_has_the_words_of_its_schema(op):
 
 
 def test_reference_and_ops_have_the_same_signature():
-    for name in ("route", "limit_capacity", "permute", "grouped_gemm", "unpermute", "fused_experts"):
+    for name in ("route", "route_with_sums", "limit_capacity", "permute", "grouped_gemm", "unpermute", "fused_experts"):
         public, spec = inspect.signature(getattr(mk, name)), inspect.signature(getattr(reference, name))
         assert list(public.parameters) == list(spec.parameters), name
         assert [p.default for p in public.parameters.values()] == [p.default for p in spec.parameters.values()], name

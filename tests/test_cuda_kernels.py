@@ -189,14 +189,14 @@ def test_route_reads_the_logits_once(E, K, dtype):
     least = logits.nbytes + T * K * 8 + T * 4
     total, _, records = audited(lambda: SIMT.route(logits, K))
     assert total <= 1.15 * least
-    assert E % 32 or not conflicts(records)  # the audit pairs lanes by turns: only exact where all have as many
+    assert not conflicts(records)
     logits = logits[:256]
     leaf, pull = logits.requires_grad_(), torch.ones(len(logits), K)
     routing = SIMT.route(leaf, K)
     least = 2 * logits.nbytes + len(logits) * K * 12
     total, _, records = audited(lambda: torch.autograd.grad(routing.topk_weights, leaf, pull))
     assert total <= 1.15 * least
-    assert E % 32 or not conflicts(records)
+    assert not conflicts(records)
 
 
 @pytest.mark.parametrize(("G", "M"), [(8, 4), (4, 1)])

@@ -24,12 +24,14 @@ def samples(dtype=torch.float32):
     p = mk.permute(case.x, r.topk_ids, 8, align=2)
     b = torch.randn(8, 12, 7, dtype=dtype)
     packed = OPS.pack_experts(case.w13, case.w2, True, False, False, 1)
-    yield "route", (logits, 2, 0, True, 0.0, 1.5, 0.0, 1, 1, 1, None, None)
-    yield "route", (logits, 2, 1, True, 1e-20, 1.5, 3.0, 4, 2, 2, torch.randn(8, dtype=dtype), torch.arange(6) < 4)
+    yield "route", (logits, 2, 0, True, 0.0, 1.5, 0.0, 1, 1, 1, None, None, 0, False)
+    yield "route", (logits, 2, 1, True, 1e-20, 1.5, 3.0, 4, 2, 2, torch.randn(8, dtype=dtype), torch.arange(6) < 4,
+                    3, True)  # fmt: skip
     yield (
         "route_backward",
-        (torch.rand_like(r.topk_weights), None, logits, r.topk_ids, r.topk_weights, 0, True, 0.0, 1.0, 0.0),
-    )
+        (torch.rand_like(r.topk_weights), None, torch.rand(2, 8, dtype=r.topk_weights.dtype), logits, r.topk_ids,
+         r.topk_weights, 0, True, 0.0, 1.0, 0.0, True),
+    )  # fmt: skip
     yield "sum_scores", (logits, 1, True, 3.0, 2, torch.arange(6) < 4)
     yield "sum_scores_backward", (torch.rand(2, 8, dtype=dtype), logits, 0, False, 0.0, 2, None)
     cuts = OPS.expert_cuts(logits, 2, 3, torch.arange(6) < 4)
@@ -57,7 +59,9 @@ def samples(dtype=torch.float32):
     yield "fused_experts_packed", (case.x, *packed, 5, weights, ids, *tail, False, 7.0, 1.702)
 
 
-DIFFERENTIABLE = ("route", "expert_choice", "sinkhorn", "permute", "grouped_gemm", "unpermute", "fused_experts")
+DIFFERENTIABLE = (
+    "route", "sum_scores", "expert_choice", "sinkhorn", "permute", "grouped_gemm", "unpermute", "fused_experts"
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("gradient", [False, True])

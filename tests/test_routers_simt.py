@@ -50,7 +50,7 @@ def test_ids_are_equal_where_scores_nearly_tie(name, training, dtype):
     for options in ({}, {"padding_mask": mask}):
         moe(x, **more, **options)
         wanted = moe.last_routing
-        with simt_ops.everywhere():
+        with simt_ops.patched():
             moe(x, **more, **options)
         got = moe.last_routing
         assert torch.equal(got.topk_ids, wanted.topk_ids)
@@ -61,7 +61,7 @@ def test_ids_are_equal_where_scores_nearly_tie(name, training, dtype):
 def test_the_emulator_is_what_ran(monkeypatch):
     """The twin: with another CPU kernel in its place the comparison above would notice."""
     x = torch.randn(20, E)
-    with simt_ops.everywhere():
+    with simt_ops.patched():
         assert mk.ops._ROUTE.namespace == expert_choice._CUTS.namespace == assignment._SINKHORN.namespace
         assert mk.ops._ROUTE.namespace == simt_ops.NAMESPACE
     wanted = assignment.balance(x, 1).topk_ids
@@ -76,7 +76,7 @@ def test_the_emulator_is_what_ran(monkeypatch):
 def test_expert_choice_takes_the_same_tokens(T, E, n, C, dtype):
     logits = close_calls(E, T).T.to(dtype)  # the tokens of an expert nearly tie
     wanted = expert_choice.choose(logits, C, n)
-    with simt_ops.everywhere():
+    with simt_ops.patched():
         got = expert_choice.choose(logits, C, n)
     assert all(torch.equal(a, b) for a, b in zip(got[:3], wanted[:3]))  # the weights too, to the last bit
 
@@ -86,7 +86,7 @@ def test_expert_choice_takes_the_same_tokens(T, E, n, C, dtype):
 def test_sinkhorn_finds_the_same_plan(T, E, K, dtype):
     logits = close_calls(T, E).to(dtype) / 4
     wanted = assignment.balance(logits, K, 1e-4, 12)
-    with simt_ops.everywhere():
+    with simt_ops.patched():
         got = assignment.balance(logits, K, 1e-4, 12)
     assert torch.equal(got.plan, wanted.plan) and torch.equal(got.iterations, wanted.iterations)
     assert torch.equal(got.topk_ids, wanted.topk_ids) and torch.equal(got.tokens_per_expert, wanted.tokens_per_expert)
@@ -99,7 +99,7 @@ def test_every_schedule_gives_the_same_bits(seed):
     found = []
     for first in (seed, 9 + seed):
         simt_ops.restart(first)
-        with simt_ops.everywhere():
+        with simt_ops.patched():
             chosen = expert_choice.choose(logits, 20, 75, padding_mask=mask)
             balanced = assignment.balance(logits, 2, 1e-4, 4, padding_mask=mask)
         found.append((*chosen[:3], *balanced))

@@ -8,8 +8,6 @@ from moe_kernels import reference
 from moe_kernels.schemas import SCORING, SCORING_CODE
 from moe_kernels.testing import UNIT, check
 
-OP = torch.ops.moe_kernels.sum_scores.default
-
 
 def case(T, E, dtype=torch.float32, seed=0):
     g = torch.Generator().manual_seed(seed)
@@ -21,12 +19,12 @@ def case(T, E, dtype=torch.float32, seed=0):
 @pytest.mark.parametrize("scoring", SCORING)
 @pytest.mark.parametrize(("T", "E", "B"), [(0, 3, 1), (1, 1, 1), (6, 7, 3), (200, 33, 2), (64, 256, 1)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_against_the_reference(T, E, B, scoring, normalize, masked, dtype):
+def test_against_the_reference(backend, T, E, B, scoring, normalize, masked, dtype):
     logits, mask = case(T, E, dtype)
     mask = mask if masked else None
     leaf, truth = logits.clone().requires_grad_(), logits.double().requires_grad_()
     for cap in (0.0, 2.0):
-        got = OP(leaf, SCORING_CODE[scoring], normalize, cap, B, mask)
+        got = backend.sum_scores(leaf, SCORING_CODE[scoring], normalize, cap, B, mask)
         want = reference.sum_scores(truth, scoring_func=scoring, normalize=normalize, logit_softcap=cap, groups=B,
                                     padding_mask=mask)  # fmt: skip
         acc = torch.float64 if dtype == torch.float64 else torch.float32
@@ -46,16 +44,16 @@ def test_the_same_for_any_number_of_threads():
     try:
         for n in (1, 2, 5):
             torch.set_num_threads(n)
-            found.append(OP(logits, 0, True, 0.0, 4, mask))
+            found.append(torch.ops.moe_kernels.sum_scores(logits, 0, True, 0.0, 4, mask))
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
-def test_rows_that_hold_nothing_finite():
+def test_rows_that_hold_nothing_finite(backend):
     logits = torch.tensor([[-torch.inf, -torch.inf], [torch.nan, 1.0], [torch.inf, 0.0]], requires_grad=True)
     for code, name in enumerate(SCORING):
-        got = OP(logits, code, True, 0.0, 3, None)
+        got = backend.sum_scores(logits, code, True, 0.0, 3, None)
         want = reference.sum_scores(logits.double(), scoring_func=name, groups=3)
         assert torch.allclose(got.double(), want, atol=1e-6)
         (grad,) = torch.autograd.grad(got.sum() + got[:, 0].sum(), logits)
@@ -64,4 +62,4 @@ def test_rows_that_hold_nothing_finite():
 
 def test_groups_have_to_divide_the_tokens():
     with pytest.raises(RuntimeError, match="T=5 must be a multiple of groups=2"):
-        OP(torch.randn(5, 3), 0, True, 0.0, 2, None)
+        torch.ops.moe_kernels.sum_scores(torch.randn(5, 3), 0, True, 0.0, 2, None)

@@ -11,20 +11,25 @@ namespace {
 
 constexpr bool kChecksIds = false;
 
-template <class Args> Tensor route_workspace(const Tensor& like, Args& args, const Workers& workers) {
-  Tensor space = empty(like, {cpu::route_workspace_bytes(args.E, workers)}, ScalarType::Byte);
-  args.workspace = space.mutable_data_ptr();
-  return space;
-}
-void run(const Tensor& like, RouteArgs& args) {
+/// Runs a stage that wants a workspace.
+template <class Args> void run_in(int64_t (*bytes)(const Args&, const Workers&),
+                                  void (*stage)(const Args&, const Workers&), const Tensor& like, Args& args) {
   const Workers workers = torch_workers();
-  const Tensor space = route_workspace(like, args, workers);
-  cpu::route(args, workers);
+  const Tensor space = workspace(like, bytes, args, workers);
+  stage(args, workers);
 }
+void run(const Tensor& like, RouteArgs& args) { run_in(cpu::route_workspace_bytes, cpu::route, like, args); }
 void run(const Tensor& like, RouteBackwardArgs& args) {
-  const Workers workers = torch_workers();
-  const Tensor space = route_workspace(like, args, workers);
-  cpu::route_backward(args, workers);
+  run_in(cpu::route_backward_workspace_bytes, cpu::route_backward, like, args);
+}
+void run(const Tensor& like, SumScoresArgs& args) {
+  run_in(cpu::sum_scores_workspace_bytes, cpu::sum_scores, like, args);
+}
+void run(const Tensor& like, SumScoresBackwardArgs& args) {
+  run_in(cpu::sum_scores_backward_workspace_bytes, cpu::sum_scores_backward, like, args);
+}
+void run(const Tensor& like, LimitCapacityArgs& args) {
+  run_in(cpu::limit_capacity_workspace_bytes, cpu::limit_capacity, like, args);
 }
 void run(const Tensor& like, ExpertCutsArgs& args) {
   const Workers workers = torch_workers();

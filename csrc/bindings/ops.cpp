@@ -19,11 +19,17 @@ Tensor local_ids(const char* op, const Tensor& ids, int64_t E) {
   return narrow_ids([](const Tensor& like, const NarrowIdsArgs& args) { run(like, args); }, op, ids, E, {});
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> route(const Tensor& logits_, int64_t top_k, int64_t scoring,
-                                                 bool renormalize, double renormalize_eps, double scale,
-                                                 double logit_softcap, int64_t num_expert_group, int64_t topk_group,
-                                                 int64_t group_top, const MaybeTensor& bias_,
-                                                 const MaybeTensor& padding_mask_) {
+/// What is summed over groups of tokens: T of them in `groups`; 0 groups where nothing is.
+void want_groups(const char* op, int64_t T, int64_t groups, int64_t least) {
+  require(groups >= least && (groups == 0 || T % groups == 0), op, ": T=", T, " must be a multiple of groups=", groups);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> route(const Tensor& logits_, int64_t top_k, int64_t scoring,
+                                                         bool renormalize, double renormalize_eps, double scale,
+                                                         double logit_softcap, int64_t num_expert_group,
+                                                         int64_t topk_group, int64_t group_top,
+                                                         const MaybeTensor& bias_, const MaybeTensor& padding_mask_,
+                                                         int64_t score_groups, bool normalize_scores) {
   const DType dtype = dtype_of("route", "logits", logits_);
   require(logits_.dim() == 2, "route: logits must be [T, E], got ", logits_.dim(), " dimensions");
   const int64_t T = logits_.size(0), E = logits_.size(1), G = num_expert_group;
@@ -36,11 +42,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> route(const Tensor& logits_, int64_t 
     want("route", "padding_mask", *padding_mask_, {T});
     require(padding_mask_->scalar_type() == ScalarType::Bool, "route: padding_mask must be bool");
   }
+  want_groups("route", T, score_groups, 0);
   const ScalarType acc = acc_of(dtype);
   const Tensor logits = with_contiguous_rows(logits_);
   const MaybeTensor bias = to_type(bias_, acc), mask = to_type(padding_mask_, ScalarType::Bool);
   Tensor weights = empty(logits, {T, top_k}, acc), ids = empty(logits, {T, top_k}, ScalarType::Int);
   Tensor counts = empty(logits, {E}, ScalarType::Int), lse = empty(logits, {scoring == 0 ? T : 0}, acc);
+  Tensor score_sums = empty(logits, {score_groups, E}, acc);
   RouteArgs args{T,
                  E,
                  top_k,
@@ -57,24 +65,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> route(const Tensor& logits_, int64_t 
                  ids.mutable_data_ptr<int32_t>(),
                  counts.mutable_data_ptr<int32_t>(),
                  scoring == 0 ? lse.mutable_data_ptr() : nullptr,
+                 score_groups,
+                 normalize_scores,
+                 score_groups > 0 ? score_sums.mutable_data_ptr() : nullptr,
                  nullptr};
   run(logits, args);
-  return {weights, ids, counts, lse};
+  return {weights, ids, counts, lse, score_sums};
 }
 
-Tensor route_backward(const MaybeTensor& grad_weights_, const MaybeTensor& grad_lse_, const Tensor& logits_,
-                      const Tensor& topk_ids, const Tensor& topk_weights, int64_t scoring, bool renormalize,
-                      double renormalize_eps, double scale, double logit_softcap) {
+Tensor route_backward(const MaybeTensor& grad_weights_, const MaybeTensor& grad_lse_,
+                      const MaybeTensor& grad_score_sums_, const Tensor& logits_, const Tensor& topk_ids,
+                      const Tensor& topk_weights, int64_t scoring, bool renormalize, double renormalize_eps,
+                      double scale, double logit_softcap, bool normalize_scores) {
   const DType dtype = dtype_of("route_backward", "logits", logits_);
   const ScalarType acc = acc_of(dtype);
   const Tensor logits = with_contiguous_rows(logits_);
   const int64_t T = logits.size(0), E = logits.size(1), K = topk_ids.size(1);
   want("route_backward", "topk_ids", topk_ids, {T, K});
-  const MaybeTensor grad_weights = to_type(grad_weights_, acc), grad_lse = to_type(grad_lse_, acc);
+  const MaybeTensor grad_weights = to_type(grad_weights_, acc), grad_lse = to_type(grad_lse_, acc),
+                    grad_sums = to_type(grad_score_sums_, acc);
   const Tensor weights = to_type(topk_weights, acc);
   want("route_backward", "topk_weights", weights, {T, K});
   if (grad_weights) want("route_backward", "grad_weights", *grad_weights, {T, K});
   if (grad_lse) want("route_backward", "grad_lse", *grad_lse, {scoring == 0 ? T : 0});
+  const int64_t B = grad_sums && grad_sums->dim() > 0 ? grad_sums->size(0) : 0;
+  if (grad_sums) want("route_backward", "grad_score_sums", *grad_sums, {B, E});
+  want_groups("route_backward", T, B, 0);
   const Tensor ids = local_ids("route_backward", topk_ids, E);
   Tensor out = empty(logits, {T, E}, logits.scalar_type());
   RouteBackwardArgs args{T,
@@ -88,10 +104,91 @@ Tensor route_backward(const MaybeTensor& grad_weights_, const MaybeTensor& grad_
                          logits.stride(0),
                          ids.const_data_ptr<int32_t>(),
                          weights.const_data_ptr(),
+                         B,
+                         normalize_scores,
+                         B > 0 ? data_of(grad_sums) : nullptr,
                          out.mutable_data_ptr(),
                          nullptr};
   run(logits, args);
   return out;
+}
+
+RouteRule scoring_rule(const char* op, const Tensor& logits, int64_t scoring, double logit_softcap) {
+  require(logits.dim() == 2, op, ": logits must be [T, E], got ", logits.dim(), " dimensions");
+  require(scoring >= 0 && scoring <= 2, op, ": no scoring function ", scoring);
+  return {Scoring(scoring), false, 0, 1, logit_softcap};
+}
+
+Tensor sum_scores(const Tensor& logits_, int64_t scoring, bool normalize, double logit_softcap, int64_t groups,
+                  const MaybeTensor& padding_mask_) {
+  const RouteRule rule = scoring_rule("sum_scores", logits_, scoring, logit_softcap);
+  const DType dtype = dtype_of("sum_scores", "logits", logits_);
+  const Tensor logits = with_contiguous_rows(logits_);
+  const MaybeTensor mask = to_type(padding_mask_, ScalarType::Bool);
+  const int64_t T = logits.size(0), E = logits.size(1);
+  want_groups("sum_scores", T, groups, 1);
+  if (mask) want("sum_scores", "padding_mask", *mask, {T});
+  Tensor sums = empty(logits, {groups, E}, acc_of(dtype));
+  SumScoresArgs args{T,
+                     E,
+                     groups,
+                     rule,
+                     normalize,
+                     dtype,
+                     logits.const_data_ptr(),
+                     logits.stride(0),
+                     static_cast<const uint8_t*>(data_of(mask)),
+                     sums.mutable_data_ptr(),
+                     nullptr};
+  run(logits, args);
+  return sums;
+}
+
+Tensor sum_scores_backward(const Tensor& grad_sums_, const Tensor& logits_, int64_t scoring, bool normalize,
+                           double logit_softcap, int64_t groups, const MaybeTensor& padding_mask_) {
+  const RouteRule rule = scoring_rule("sum_scores_backward", logits_, scoring, logit_softcap);
+  const DType dtype = dtype_of("sum_scores_backward", "logits", logits_);
+  const Tensor logits = with_contiguous_rows(logits_), grad_sums = to_type(grad_sums_, acc_of(dtype));
+  const MaybeTensor mask = to_type(padding_mask_, ScalarType::Bool);
+  const int64_t T = logits.size(0), E = logits.size(1);
+  want_groups("sum_scores_backward", T, groups, 1);
+  want("sum_scores_backward", "grad_sums", grad_sums, {groups, E});
+  if (mask) want("sum_scores_backward", "padding_mask", *mask, {T});
+  Tensor grad_logits = empty(logits, {T, E}, logits.scalar_type());
+  SumScoresBackwardArgs args{T,
+                             E,
+                             groups,
+                             rule,
+                             normalize,
+                             dtype,
+                             grad_sums.const_data_ptr(),
+                             logits.const_data_ptr(),
+                             logits.stride(0),
+                             static_cast<const uint8_t*>(data_of(mask)),
+                             grad_logits.mutable_data_ptr(),
+                             nullptr};
+  run(logits, args);
+  return grad_logits;
+}
+
+Tensor limit_capacity(const Tensor& topk_ids, int64_t E, int64_t capacity, int64_t group_size) {
+  require(topk_ids.dim() == 2, "limit_capacity: topk_ids must be [T, K], got ", topk_ids.dim(), " dimensions");
+  require(E >= 1 && capacity >= 1 && group_size >= 1, "limit_capacity: num_experts, capacity and group_size must be ",
+          "positive, got ", E, ", ", capacity, " and ", group_size);
+  const int64_t T = topk_ids.size(0), K = topk_ids.size(1);
+  require(T * K < std::numeric_limits<int32_t>::max(), "limit_capacity: more than 2^31 slots");
+  const Tensor ids = local_ids("limit_capacity", topk_ids, E);
+  Tensor dropped = empty(topk_ids, {T, K}, ScalarType::Bool);
+  LimitCapacityArgs args{T,
+                         E,
+                         K,
+                         capacity,
+                         group_size,
+                         ids.const_data_ptr<int32_t>(),
+                         static_cast<uint8_t*>(dropped.mutable_data_ptr()),
+                         nullptr};
+  run(topk_ids, args);
+  return dropped;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> permute(const Tensor& x_, const Tensor& topk_ids, int64_t E, int64_t align) {
@@ -176,6 +273,9 @@ std::tuple<Tensor, Tensor> unpermute_backward(const Tensor& grad_y_, const Tenso
 STABLE_TORCH_LIBRARY_IMPL(MOE_LIBRARY, MOE_KEY, m) {
   m.impl("route", boxed<&route>);
   m.impl("route_backward", boxed<&route_backward>);
+  m.impl("sum_scores", boxed<&sum_scores>);
+  m.impl("sum_scores_backward", boxed<&sum_scores_backward>);
+  m.impl("limit_capacity", boxed<&limit_capacity>);
   m.impl("permute", boxed<&permute>);
   m.impl("permute_backward", boxed<&permute_backward>);
   m.impl("unpermute", boxed<&unpermute>);

@@ -24,26 +24,28 @@ class Buffers {
   std::deque<simt::Registered> buffers_;
 };
 
-int64_t extent(int64_t rows, int64_t columns, int64_t stride, int64_t bytes) {  // of a matrix with strided rows
+inline int64_t extent(int64_t rows, int64_t columns, int64_t stride, int64_t bytes) {  // of a matrix with strided rows
   return rows > 0 ? ((rows - 1) * stride + columns) * bytes : 0;
 }
-int64_t acc_bytes(DType t) { return t == DType::f64 ? 8 : 4; }
+inline int64_t acc_bytes(DType t) { return t == DType::f64 ? 8 : 4; }
 
-void declare(Buffers& buffers, const Tensor&, const RouteArgs& a) {
+inline void declare(Buffers& buffers, const Tensor&, const RouteArgs& a) {
   const int64_t acc = acc_bytes(a.dtype);
   buffers.in("logits", a.logits, extent(a.T, a.E, a.logits_stride, dtype_bytes(a.dtype)));
   buffers.in("correction_bias", a.correction_bias, a.E * acc), buffers.in("padding_mask", a.padding_mask, a.T);
   buffers.out("topk_weights", a.topk_weights, a.T * a.K * acc), buffers.out("topk_ids", a.topk_ids, a.T * a.K * 4);
   buffers.out("tokens_per_expert", a.tokens_per_expert, a.E * 4), buffers.out("lse", a.lse, a.T * acc);
+  buffers.out("score_sums", a.score_sums, a.B * a.E * acc), buffers.out("workspace", a.workspace, device_bytes(a));
 }
-void declare(Buffers& buffers, const Tensor&, const RouteBackwardArgs& a) {
+inline void declare(Buffers& buffers, const Tensor&, const RouteBackwardArgs& a) {
   const int64_t acc = acc_bytes(a.dtype), S = a.T * a.K;
   buffers.in("grad_weights", a.grad_weights, S * acc), buffers.in("grad_lse", a.grad_lse, a.T * acc);
   buffers.in("logits", a.logits, extent(a.T, a.E, a.logits_stride, dtype_bytes(a.dtype)));
   buffers.in("topk_ids", a.topk_ids, S * 4), buffers.in("topk_weights", a.topk_weights, S * acc);
+  buffers.in("grad_score_sums", a.grad_score_sums, a.B * a.E * acc);
   buffers.out("grad_logits", a.grad_logits, a.T * a.E * dtype_bytes(a.dtype));
 }
-void declare(Buffers& buffers, const Tensor&, const ExpertCutsArgs& a) {
+inline void declare(Buffers& buffers, const Tensor&, const ExpertCutsArgs& a) {
   const int64_t acc = acc_bytes(a.dtype), cuts = a.T / a.n * a.E;
   buffers.in("logits", a.logits, extent(a.T, a.E, a.logits_stride, dtype_bytes(a.dtype)));
   buffers.in("padding_mask", a.padding_mask, a.T), buffers.out("scores", a.scores, a.T * a.E * acc);
@@ -51,13 +53,13 @@ void declare(Buffers& buffers, const Tensor&, const ExpertCutsArgs& a) {
   buffers.out("experts_per_token", a.experts_per_token, a.T * 4);
   buffers.out("tokens_per_expert", a.tokens_per_expert, a.E * 4);
 }
-void declare(Buffers& buffers, const Tensor&, const ExpertChoiceArgs& a) {
+inline void declare(Buffers& buffers, const Tensor&, const ExpertChoiceArgs& a) {
   const int64_t acc = acc_bytes(a.dtype), cuts = a.T / a.n * a.E;
   buffers.in("scores", a.scores, a.T * a.E * acc), buffers.in("least", a.least, cuts * acc);
   buffers.in("last", a.last, cuts * 4), buffers.out("topk_weights", a.topk_weights, a.T * a.K * acc);
   buffers.out("topk_ids", a.topk_ids, a.T * a.K * 4);
 }
-void declare(Buffers& buffers, const Tensor&, const SinkhornArgs& a) {
+inline void declare(Buffers& buffers, const Tensor&, const SinkhornArgs& a) {
   const int64_t acc = acc_bytes(a.dtype);
   buffers.in("logits", a.logits, extent(a.T, a.E, a.logits_stride, dtype_bytes(a.dtype)));
   buffers.in("padding_mask", a.padding_mask, a.T), buffers.out("plan", a.plan, a.T * a.E * acc);
@@ -66,27 +68,42 @@ void declare(Buffers& buffers, const Tensor&, const SinkhornArgs& a) {
   buffers.out("tokens_per_expert", a.tokens_per_expert, a.E * 4),
       buffers.out("workspace", a.workspace, device_bytes(a));
 }
-void declare(Buffers& buffers, const Tensor&, const NarrowIdsArgs& a) {
+inline void declare(Buffers& buffers, const Tensor&, const SumScoresArgs& a) {
+  buffers.in("logits", a.logits, extent(a.T, a.E, a.logits_stride, dtype_bytes(a.dtype)));
+  buffers.in("padding_mask", a.padding_mask, a.T), buffers.out("sums", a.sums, a.B * a.E * acc_bytes(a.dtype));
+  buffers.out("workspace", a.workspace, device_bytes(a));
+}
+inline void declare(Buffers& buffers, const Tensor&, const SumScoresBackwardArgs& a) {
+  buffers.in("grad_sums", a.grad_sums, a.B * a.E * acc_bytes(a.dtype));
+  buffers.in("logits", a.logits, extent(a.T, a.E, a.logits_stride, dtype_bytes(a.dtype)));
+  buffers.in("padding_mask", a.padding_mask, a.T);
+  buffers.out("grad_logits", a.grad_logits, a.T * a.E * dtype_bytes(a.dtype));
+}
+inline void declare(Buffers& buffers, const Tensor&, const LimitCapacityArgs& a) {
+  buffers.in("topk_ids", a.topk_ids, a.T * a.K * 4), buffers.out("dropped", a.dropped, a.T * a.K);
+  buffers.out("workspace", a.workspace, device_bytes(a));
+}
+inline void declare(Buffers& buffers, const Tensor&, const NarrowIdsArgs& a) {
   buffers.in("topk_ids", a.topk_ids, a.S * (a.ids64 ? 8 : 4));
   buffers.in("expert_map", a.expert_map, a.map_size * (a.map64 ? 8 : 4)), buffers.out("narrow", a.narrow, a.S * 4);
 }
-void declare(Buffers& buffers, const Tensor&, const PermuteIndexArgs& a) {
+inline void declare(Buffers& buffers, const Tensor&, const PermuteIndexArgs& a) {
   buffers.in("topk_ids", a.topk_ids, a.S * 4), buffers.out("expert_offsets", a.expert_offsets, (a.E + 1) * 4);
   buffers.out("row_to_slot", a.row_to_slot, a.P * 4), buffers.out("slot_to_row", a.slot_to_row, a.S * 4);
   buffers.out("workspace", a.workspace, device_bytes(a));
 }
-void declare(Buffers& buffers, const Tensor& x, const PermuteArgs& a) {
+inline void declare(Buffers& buffers, const Tensor& x, const PermuteArgs& a) {
   const int64_t bytes = dtype_bytes(a.dtype);
   buffers.in("x", a.x, extent(x.size(0), a.H, a.x_stride, bytes));
   buffers.in("row_to_slot", a.row_to_slot, a.P * 4), buffers.out("x_rows", a.x_rows, a.P * a.H * bytes);
 }
-void declare(Buffers& buffers, const Tensor&, const UnpermuteArgs& a) {
+inline void declare(Buffers& buffers, const Tensor&, const UnpermuteArgs& a) {
   const int64_t bytes = dtype_bytes(a.dtype), S = a.T * a.K;
   buffers.in("rows", a.rows, extent(a.P, a.H, a.rows_stride, bytes));
   buffers.in("slot_to_row", a.slot_to_row, S * 4), buffers.in("topk_weights", a.topk_weights, S * acc_bytes(a.dtype));
   buffers.out("y", a.y, a.T * a.H * bytes);
 }
-void declare(Buffers& buffers, const Tensor&, const UnpermuteBackwardArgs& a) {
+inline void declare(Buffers& buffers, const Tensor&, const UnpermuteBackwardArgs& a) {
   const int64_t bytes = dtype_bytes(a.dtype), S = a.T * a.K, acc = acc_bytes(a.dtype);
   buffers.in("grad_y", a.grad_y, extent(a.T, a.H, a.grad_y_stride, bytes));
   buffers.in("rows", a.rows, extent(a.P, a.H, a.rows_stride, bytes)), buffers.in("slot_to_row", a.slot_to_row, S * 4);

@@ -19,7 +19,7 @@ void check_route(const Workers& workers) {
   auto weights = unwritten<float>(T * K), lse = unwritten<float>(T);
   std::vector<int32_t> ids(T * K, -7), counts(E, -7), want_counts(E, 0);
   const RouteRule rule{Scoring::softmax, true, 0.0, 2.5, 0.0};
-  const Scratch scratch(cpu::route_workspace_bytes(E, workers));
+  const Scratch scratch(cpu::route_workspace_bytes({.T = T, .E = E, .K = K}, workers));
   cpu::route({.T = T,
               .E = E,
               .K = K,
@@ -56,14 +56,16 @@ void check_route(const Workers& workers) {
 
 /// The directional derivative of route's weights and lse, against differences.
 void check_route_backward(const Workers& workers, Scoring scoring) {
-  constexpr int64_t T = 5, E = 11, K = 3;
+  constexpr int64_t T = 130, E = 11, K = 3, B = 2;
   const auto logits = random<double>(T * E, 2), step = random<double>(T * E, 3);
   const auto grad_weights = random<double>(T * K, 4), grad_lse = random<double>(T, 5);
+  const auto grad_sums = random<double>(B * E, 6);
   const RouteRule rule{scoring, true, 1e-20, 1.5, 3.0};
   const bool softmax = scoring == Scoring::softmax;
-  const Scratch scratch(cpu::route_workspace_bytes(E, workers));
   std::vector<int32_t> ids(T * K), counts(E);
-  std::vector<double> weights(T * K), lse(T);
+  std::vector<double> weights(T * K), lse(T), sums(B * E);
+  const Scratch scratch(
+      cpu::route_workspace_bytes({.T = T, .E = E, .K = K, .B = B, .score_sums = sums.data()}, workers));
   const auto value = [&](double h) {
     std::vector<double> moved(T * E);
     for (int64_t i = 0; i < T * E; ++i) moved[i] = logits[i] + h * step[i];
@@ -81,9 +83,13 @@ void check_route_backward(const Workers& workers, Scoring scoring) {
                 .topk_ids = ids.data(),
                 .tokens_per_expert = counts.data(),
                 .lse = softmax ? lse.data() : nullptr,
+                .B = B,
+                .normalize_scores = true,
+                .score_sums = sums.data(),
                 .workspace = scratch.get()},
                workers);
-    return std::inner_product(weights.begin(), weights.end(), grad_weights.begin(), 0.0) +
+    return std::inner_product(sums.begin(), sums.end(), grad_sums.begin(), 0.0) +
+           std::inner_product(weights.begin(), weights.end(), grad_weights.begin(), 0.0) +
            (softmax ? std::inner_product(lse.begin(), lse.end(), grad_lse.begin(), 0.0) : 0.0);
   };
   const double h = 1e-5, want = (value(h) - value(-h)) / (2 * h);
@@ -100,6 +106,9 @@ void check_route_backward(const Workers& workers, Scoring scoring) {
                        .logits_stride = E,
                        .topk_ids = ids.data(),
                        .topk_weights = weights.data(),
+                       .B = B,
+                       .normalize_scores = true,
+                       .grad_score_sums = grad_sums.data(),
                        .grad_logits = grad.data(),
                        .workspace = scratch.get()},
                       workers);
@@ -127,21 +136,32 @@ void check_sum_scores(const Workers& workers) {
   for (const auto& [T, E, B] : {std::tuple<int64_t, int64_t, int64_t>{0, 3, 1}, {130, 5, 1}, {140, 7, 2}, {6, 33, 6}}) {
     const std::vector<float> logits = random<float>(T * E, 3), grads = random<float>(B * E, 4);
     std::vector<float> sums(B * E, 7.f), grad(T * E, 7.f);
+    const RouteRule rule{.scoring = Scoring::sigmoid};
     SumScoresArgs args{.T = T,
                        .E = E,
                        .B = B,
-                       .rule = {.scoring = Scoring::sigmoid},
+                       .rule = rule,
                        .normalize = true,
                        .dtype = dtype_of<float>(),
                        .logits = logits.data(),
                        .logits_stride = E,
-                       .sums = sums.data(),
-                       .grad_sums = grads.data(),
-                       .grad_logits = grad.data()};
+                       .sums = sums.data()};
     const Scratch scratch(cpu::sum_scores_workspace_bytes(args, workers));
     args.workspace = scratch.get();
     cpu::sum_scores(args, workers);
-    cpu::sum_scores_backward(args, workers);
+    SumScoresBackwardArgs back{.T = T,
+                               .E = E,
+                               .B = B,
+                               .rule = rule,
+                               .normalize = true,
+                               .dtype = dtype_of<float>(),
+                               .grad_sums = grads.data(),
+                               .logits = logits.data(),
+                               .logits_stride = E,
+                               .grad_logits = grad.data()};
+    const Scratch space(cpu::sum_scores_backward_workspace_bytes(back, workers));
+    back.workspace = space.get();
+    cpu::sum_scores_backward(back, workers);
     std::vector<double> wanted(B * E, 0.0);
     for (int64_t t = 0; t < T; ++t) {
       const int64_t b = t / (T / B);

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // route: a task some tokens. 1. scores, 2. choice (bias, groups, K best), 3. weights. A row stays in the first-level
-// cache.
-#include "parallel.h"
-#include "scores.h"
+// cache, so that the sums of the scores (score_sums.h), where asked for, cost no second look at the logits.
+#include "score_sums.h"
 
 namespace moe::cpu {
 namespace {
@@ -56,7 +55,8 @@ template <class A> void mask_groups(const RouteArgs& args, const Scratch<A>& w) 
       std::fill_n(w.choice + g * size, size, -std::numeric_limits<A>::infinity());
 }
 
-template <class T> void route_token(const RouteArgs& args, int64_t t, const Scratch<acc_t<T>>& w) {
+/// `sums` [E] gets the token's scores added, where it is given.
+template <class T> void route_token(const RouteArgs& args, int64_t t, const Scratch<acc_t<T>>& w, acc_t<T>* sums) {
   using A = acc_t<T>;
   A* weights = static_cast<A*>(args.topk_weights) + t * args.K;
   int32_t* ids = args.topk_ids + t * args.K;
@@ -71,6 +71,7 @@ template <class T> void route_token(const RouteArgs& args, int64_t t, const Scra
   // 1. scores
   const A sum_exp = score(args.rule.scoring, w.logits, args.E, w.scores);
   if (lse) *lse = sum_exp;
+  if (sums) add_scores(args.rule.scoring, args.normalize_scores, w.scores, args.E, sums);
   // 2. choice
   const A* bias = static_cast<const A*>(args.correction_bias);
   math<A>().choose(w.scores, bias, w.logits, w.choice, args.E);
@@ -91,10 +92,19 @@ template <class T> void route_token_backward(const RouteBackwardArgs& args, int6
   const int32_t* ids = args.topk_ids + t * args.K;
   const A* grad_weights = args.grad_weights ? static_cast<const A*>(args.grad_weights) + t * args.K : nullptr;
   const A* weights = static_cast<const A*>(args.topk_weights) + t * args.K;
-  std::fill_n(w.choice, args.E, A(0));  // d score, then d logit
-  if (ids[0] >= 0 && clean_logits(row, args.E, args.rule.logit_softcap, w.logits, w.scores)) {
-    score(args.rule.scoring, w.logits, args.E, w.scores);
-    A sum = A(args.rule.renormalize_eps), dot = 0, mean = 0;
+  const A* grad_sums = static_cast<const A*>(args.grad_score_sums);
+  if (ids[0] < 0 || !clean_logits(row, args.E, args.rule.logit_softcap, w.logits, w.scores)) {
+    std::fill_n(w.choice, args.E, A(0));
+  } else {
+    const Scoring scoring = args.rule.scoring;
+    score(scoring, w.logits, args.E, w.scores);
+    A sum = A(args.rule.renormalize_eps), dot = 0, mean = 0;  // w.choice: d score, then d logit
+    if (grad_sums) {
+      const A* grad = grad_sums + t / (args.T / args.B) * args.E;
+      mean = add_scores_backward(scoring, args.normalize_scores, grad, w.scores, args.E, w.choice);
+    } else {
+      std::fill_n(w.choice, args.E, A(0));
+    }
     for (int64_t k = 0; k < args.K && grad_weights; ++k) {
       if (weights[k] == 0) continue;
       sum += w.scores[ids[k]];
@@ -102,10 +112,9 @@ template <class T> void route_token_backward(const RouteBackwardArgs& args, int6
     }
     for (int64_t k = 0; k < args.K && grad_weights; ++k) {
       if (weights[k] == 0) continue;
-      const A g = A(args.rule.scale) * grad_weights[k];
-      A& d = w.choice[ids[k]];
-      if (!args.rule.renormalize) d = g;
-      else if (sum > 0) d = g / sum - A(args.rule.scale) * dot / (sum * sum);
+      A d = A(args.rule.scale) * grad_weights[k];
+      if (args.rule.renormalize) d = sum > 0 ? d / sum - A(args.rule.scale) * dot / (sum * sum) : A(0);
+      w.choice[ids[k]] += d;
       mean += d * w.scores[ids[k]];
     }
     const A grad_lse = args.grad_lse ? static_cast<const A*>(args.grad_lse)[t] : A(0);
@@ -114,30 +123,46 @@ template <class T> void route_token_backward(const RouteBackwardArgs& args, int6
   tile<T>().narrow(w.choice, 0, grad, 0, 1, args.E);
 }
 
-template <class Args, class F> void for_tokens(const Args& args, const Workers& workers, F&& f) {
-  visit_dtype(args.dtype, [&](auto tag) {
-    for_chunks(workers, args.T, kTokensPerTask, [&](int32_t worker, int64_t begin, int64_t end) {
-      const Scratch<acc_t<decltype(tag)>> scratch(args.workspace, args.E, worker);
-      for (int64_t t = begin; t < end; ++t) f(tag, t, scratch);
-    });
-  });
-}
-
 }  // namespace
 
-int64_t route_workspace_bytes(int64_t E, const Workers& workers) { return workers.count * Scratch<double>::bytes(E); }
+int64_t route_workspace_bytes(const RouteArgs& args, const Workers& workers) {
+  return workers.count * Scratch<double>::bytes(args.E) +
+         (args.score_sums ? sum_rows_bytes(args.T, args.B, args.E) : 0);
+}
+int64_t route_backward_workspace_bytes(const RouteBackwardArgs& args, const Workers& workers) {
+  return workers.count * Scratch<double>::bytes(args.E);
+}
 
 void route(const RouteArgs& args, const Workers& workers) {
-  for_tokens(args, workers,
-             [&](auto tag, int64_t t, const auto& scratch) { route_token<decltype(tag)>(args, t, scratch); });
+  visit_dtype(args.dtype, [&](auto tag) {
+    using T = decltype(tag);
+    using A = acc_t<T>;
+    const auto route_tokens = [&](int32_t worker, int64_t begin, int64_t end, A* sums) {
+      const Scratch<A> scratch(args.workspace, args.E, worker);
+      for (int64_t t = begin; t < end; ++t) route_token<T>(args, t, scratch, sums);
+    };
+    if (args.score_sums) {
+      A* const rows =
+          reinterpret_cast<A*>(static_cast<char*>(args.workspace) + workers.count * Scratch<A>::bytes(args.E));
+      sum_in_blocks(workers, args.T, args.B, args.E, rows, static_cast<A*>(args.score_sums), route_tokens);
+    } else {
+      for_chunks(workers, args.T, kTokensPerTask,
+                 [&](int32_t worker, int64_t begin, int64_t end) { route_tokens(worker, begin, end, nullptr); });
+    }
+  });
   std::fill_n(args.tokens_per_expert, args.E, 0);
   for (int64_t s = 0; s < args.T * args.K; ++s)
     if (args.topk_ids[s] >= 0) ++args.tokens_per_expert[args.topk_ids[s]];
 }
 
 void route_backward(const RouteBackwardArgs& args, const Workers& workers) {
-  for_tokens(args, workers,
-             [&](auto tag, int64_t t, const auto& scratch) { route_token_backward<decltype(tag)>(args, t, scratch); });
+  visit_dtype(args.dtype, [&](auto tag) {
+    using T = decltype(tag);
+    for_chunks(workers, args.T, kTokensPerTask, [&](int32_t worker, int64_t begin, int64_t end) {
+      const Scratch<acc_t<T>> scratch(args.workspace, args.E, worker);
+      for (int64_t t = begin; t < end; ++t) route_token_backward<T>(args, t, scratch);
+    });
+  });
 }
 
 }  // namespace moe::cpu

@@ -10,6 +10,8 @@
 
 namespace moe::cuda {
 
+constexpr int64_t kMostBlocks = 132 * 8;  // eight on each processor of an H100; each goes round and round
+
 struct LaunchShape {
   dim3 grid, block;
   uint32_t shared_bytes = 0;

@@ -3,46 +3,15 @@
 //   count   of each tile, the slots of each expert; and row_to_slot = -1 everywhere
 //   scan    of each expert, how many slots came in the tiles before
 //   place   offsets of the experts; then each slot goes behind those of its expert that came before it
-// A few slots are sorted by one block in one launch. Ranks come from __match_any_sync, so integers only and no order
-// that could change. Ids outside [0, E) are absent.
+// A few slots are sorted by one block in one launch. How slots are counted and ranked: slots.cuh.
 #pragma once
-#include "../moe.h"
-#include "permute_tile.h"
-#include "ptx.cuh"
-#include "warp.cuh"
+#include "slots.cuh"
 
 namespace moe::cuda {
 
-/// Calls f(slot, expert, peers): 32 consecutive slots at a time, this warp's stretch of the tile, in order. `peers` are
-/// the lanes whose slot has the same expert; 0 and expert -1 where the slot is absent. All lanes take part.
-template <class F>
-MOE_DEVICE void for_slots(const PermuteIndexArgs& args, const IndexTile& tile, int block, F&& f) {
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int64_t tile_slots = tile.tiles == 1 ? args.S : kTileSlots;
-  const int64_t stretch = (tile_slots + tile.warps * kWarp - 1) / (tile.warps * kWarp) * kWarp;
-  const int64_t first = block * tile_slots + warp * stretch;
-  const int64_t end = min(min(first + stretch, (block + 1) * tile_slots), args.S);
-  for (int64_t base = first; base < end; base += kWarp) {
-    const int64_t slot = base + lane;
-    const int32_t id = slot < end ? args.topk_ids[slot] : -1;
-    const int32_t expert = id >= 0 && id < args.E ? id : -1;
-    const uint32_t same = __match_any_sync(kFullWarp, expert);
-    f(slot < end ? slot : int64_t(-1), expert, expert < 0 ? 0u : same);
-    __syncwarp();
-  }
-}
-MOE_DEVICE bool first_of(uint32_t peers) { return peers != 0 && __ffs(int(peers)) - 1 == int(threadIdx.x % kWarp); }
-
-/// counters[warp][e] = slots of e in the warp's stretch.
-MOE_DEVICE void count_tile(const PermuteIndexArgs& args, const IndexTile& tile, int block, int32_t* counters) {
-  const int E = int(args.E);
-  for (int i = threadIdx.x; i < tile.warps * E; i += blockDim.x) counters[i] = 0;
-  __syncthreads();
-  int32_t* mine = counters + int64_t(threadIdx.x / kWarp) * E;
-  for_slots(args, tile, block, [&](int64_t, int32_t expert, uint32_t peers) {
-    if (first_of(peers)) mine[expert] += __popc(peers);
-  });
-  __syncthreads();
+/// The id of a slot, for slots.cuh.
+MOE_DEVICE auto ids_of(const PermuteIndexArgs& args) {
+  return [ids = args.topk_ids](int64_t slot) { return ids[slot]; };
 }
 
 /// out[e] = sum of size(e') over e' < e, for e = 0 .. E; every size rounded up to align. `scratch` holds 33 numbers.
@@ -58,7 +27,6 @@ MOE_DEVICE void scan_experts(int E, int64_t align, int32_t* out, int32_t* scratc
     __syncthreads();
     if (warp == 0) {
       const int32_t sum = lane < warps ? scratch[lane] : 0, start = warp_prefix(sum, lane);
-      __syncwarp();
       scratch[lane] = start;
       if (lane == kWarp - 1) scratch[kWarp] = start + sum;
     }
@@ -70,29 +38,11 @@ MOE_DEVICE void scan_experts(int E, int64_t align, int32_t* out, int32_t* scratc
   if (threadIdx.x == 0) out[E] = carry;
 }
 
-/// counters[warp][e]: from a count to the row where the warp's first slot of e goes.
-template <class F>
-MOE_DEVICE void start_rows(int E, const IndexTile& tile, int32_t* counters, F&& first_row) {
-  for (int e = threadIdx.x; e < E; e += blockDim.x) {
-    int32_t row = first_row(e);
-    for (int w = 0; w < tile.warps; ++w) {
-      const int32_t count = counters[w * E + e];
-      counters[w * E + e] = row;
-      row += count;
-    }
-  }
-  __syncthreads();
-}
-
+/// counters: the row of each warp's first slot of each expert.
 MOE_DEVICE void place_slots(const PermuteIndexArgs& args, const IndexTile& tile, int block, int32_t* counters) {
-  int32_t* mine = counters + int64_t(threadIdx.x / kWarp) * args.E;
-  const uint32_t before = (1u << (threadIdx.x % kWarp)) - 1;
-  for_slots(args, tile, block, [&](int64_t slot, int32_t expert, uint32_t peers) {
-    const int32_t row = expert < 0 ? -1 : mine[expert] + __popc(peers & before);
-    __syncwarp();
-    if (first_of(peers)) mine[expert] += __popc(peers);
+  rank_slots(args.S, int(args.E), tile, block, ids_of(args), counters, [&](int64_t slot, int32_t row) {
     if (row >= 0) args.row_to_slot[row] = int32_t(slot);
-    if (slot >= 0 && args.slot_to_row) args.slot_to_row[slot] = row;
+    if (args.slot_to_row) args.slot_to_row[slot] = row;
   });
 }
 
@@ -109,7 +59,7 @@ MOE_KERNEL __launch_bounds__(1024) permute_index_kernel(PermuteIndexArgs args, I
   auto* scratch = reinterpret_cast<int32_t*>(shared + tile.scratch);
   const int E = int(args.E);
   clear_rows(args);
-  count_tile(args, tile, 0, counters);
+  count_tile(args.S, E, tile, 0, ids_of(args), counters);
   scan_experts(E, args.align, offsets, scratch, [&](int e) {
     int32_t sum = 0;
     for (int w = 0; w < tile.warps; ++w) sum += counters[w * E + e];
@@ -117,7 +67,7 @@ MOE_KERNEL __launch_bounds__(1024) permute_index_kernel(PermuteIndexArgs args, I
   });
   __syncthreads();  // orders clear_rows before place_slots too
   for (int e = threadIdx.x; e <= E; e += blockDim.x) args.expert_offsets[e] = offsets[e];
-  start_rows(E, tile, counters, [&](int e) { return offsets[e]; });
+  start_ranks(E, tile, counters, [&](int e) { return offsets[e]; });
   place_slots(args, tile, 0, counters);
 }
 
@@ -127,33 +77,13 @@ MOE_KERNEL __launch_bounds__(256) permute_count_kernel(PermuteIndexArgs args, In
   auto* counters = reinterpret_cast<int32_t*>(shared);
   const int E = int(args.E);
   clear_rows(args);
-  count_tile(args, tile, int(blockIdx.x), counters);
-  for (int e = threadIdx.x; e < E; e += blockDim.x) {
-    int32_t sum = 0;
-    for (int w = 0; w < tile.warps; ++w) sum += counters[w * E + e];
-    tile_counts[int64_t(blockIdx.x) * E + e] = sum;
-  }
+  count_tile(args.S, E, tile, int(blockIdx.x), ids_of(args), counters);
+  add_counters(E, tile, counters, tile_counts + int64_t(blockIdx.x) * E);
 }
 
-/// tile_counts [tiles, E] -> slots of the expert in the tiles before, totals [E] behind them. A block owns 32 experts;
-/// each of its warps adds up a stretch of the tiles, lane by lane an expert.
 MOE_KERNEL __launch_bounds__(1024) permute_scan_kernel(int E, int tiles, int32_t* tile_counts) {
-  MOE_SHARED(int32_t, sums);  // [warps][32]
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  const int e = blockIdx.x * kWarp + lane, stretch = (tiles + warps - 1) / warps;
-  const int first = min(warp * stretch, tiles), end = min(first + stretch, tiles);
-  int32_t sum = 0;
-  for (int t = first; t < end && e < E; ++t) sum += tile_counts[int64_t(t) * E + e];
-  sums[warp * kWarp + lane] = sum;
-  __syncthreads();
-  int32_t before = 0;
-  for (int w = 0; w < warp; ++w) before += sums[w * kWarp + lane];
-  for (int t = first; t < end && e < E; ++t) {
-    const int32_t count = tile_counts[int64_t(t) * E + e];
-    tile_counts[int64_t(t) * E + e] = before;
-    before += count;
-  }
-  if (warp == warps - 1 && e < E) tile_counts[int64_t(tiles) * E + e] = before;
+  MOE_SHARED(int32_t, sums);
+  scan_tiles(E, tiles, int(blockIdx.x), tile_counts, sums);
 }
 
 MOE_KERNEL __launch_bounds__(256)
@@ -165,10 +95,10 @@ MOE_KERNEL __launch_bounds__(256)
   const int32_t* totals = tile_counts + int64_t(tile.tiles) * E;
   scan_experts(E, args.align, offsets, reinterpret_cast<int32_t*>(shared + tile.scratch),
                [&](int e) { return totals[e]; });
-  count_tile(args, tile, int(blockIdx.x), counters);
+  count_tile(args.S, E, tile, int(blockIdx.x), ids_of(args), counters);
   if (blockIdx.x == 0)
     for (int e = threadIdx.x; e <= E; e += blockDim.x) args.expert_offsets[e] = offsets[e];
-  start_rows(E, tile, counters, [&](int e) { return offsets[e] + tile_counts[int64_t(blockIdx.x) * E + e]; });
+  start_ranks(E, tile, counters, [&](int e) { return offsets[e] + tile_counts[int64_t(blockIdx.x) * E + e]; });
   place_slots(args, tile, int(blockIdx.x), counters);
 }
 

@@ -1,14 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // route on a GPU. A block takes tiles of consecutive tokens: their logits come in as one stretch, each warp routes
-// token after token in shared memory, the results leave as one stretch. Nothing is read or written twice.
+// token after token in shared memory, the results leave as one stretch. Nothing is read or written twice, the sums of
+// the scores (score_sums.cuh) included.
 // Choices are kept as unsigned keys that order as the numbers do; key 0 is an expert already taken.
 #pragma once
-#include "../moe.h"
-#include "../score.h"
-#include "block_copy.cuh"
-#include "element.cuh"
-#include "route_tile.h"
-#include "warp.cuh"
+#include "score_sums.cuh"
 
 namespace moe::cuda {
 
@@ -24,54 +20,8 @@ MOE_DEVICE float value_of(uint32_t key) { return __uint_as_float(key >> 31 ? key
 MOE_DEVICE double value_of(uint64_t key) {
   return __longlong_as_double((long long)(key >> 63 ? key & ~(uint64_t(1) << 63) : ~key));
 }
-MOE_DEVICE uint32_t raw_of(float v) { return __float_as_uint(v); }
-MOE_DEVICE uint64_t raw_of(double v) { return uint64_t(__double_as_longlong(v)); }
-MOE_DEVICE float number_of(uint32_t raw) { return __uint_as_float(raw); }
-MOE_DEVICE double number_of(uint64_t raw) { return __longlong_as_double((long long)raw); }
 template <class A> using key_t = decltype(key_of(A(0)));
 template <class A> MOE_DEVICE key_t<A> out_of_reach() { return key_of(A(-INFINITY)); }
-
-/// NaN as -inf, which stays -inf, and +inf as the largest float, after the softcap.
-template <class T> MOE_DEVICE acc_t<T> clean_logit(T raw, double softcap) {
-  using A = acc_t<T>;
-  A l = widen(raw);
-  if (!(l > A(-INFINITY))) return A(-INFINITY);
-  if (softcap > 0) l = softcap_of(l, A(softcap), exp_of(softcap_exponent(l, A(softcap))));
-  return l < A(3.402823466e38f) ? l : A(3.402823466e38f);
-}
-
-/// What softmax needs of a row: its largest logit and the sum of exp(l - top). E counts from the lane on.
-template <class A> struct RowSums { A top, sum; };
-
-template <class T> MOE_DEVICE acc_t<T> row_top(const T* row, int E, double softcap, int lane) {
-  acc_t<T> top = -INFINITY;
-  for (int e = lane; e < E; e += kWarp) {
-    const acc_t<T> l = clean_logit(row[e], softcap);
-    top = top < l ? l : top;
-  }
-  return warp_max(top);
-}
-/// The sum of exp_at(e) over a row, each in [0, 1].
-template <class A, class F> MOE_DEVICE A sum_of_exps(int E, int lane, F&& exp_at) {
-  if constexpr (sizeof(A) == 8) {
-    double sum = 0;
-    for (int e = lane; e < E; e += kWarp) sum += exp_at(e);
-    return warp_sum(sum);
-  } else {
-    long long sum = 0;  // in integers: the same bits whoever adds them up
-    for (int e = lane; e < E; e += kWarp) sum += exact_part(exp_at(e));
-    return exact_sum(warp_sum(sum));
-  }
-}
-
-template <class A> MOE_DEVICE A score_of(Scoring scoring, A l, RowSums<A> sums) {
-  switch (scoring) {
-    case Scoring::softmax: return exp_of(l - sums.top) / sums.sum;
-    case Scoring::sigmoid: return sigmoid_of(l);
-    case Scoring::sqrtsoftplus: return sqrtsoftplus_of(l, exp_of(sqrtsoftplus_exponent(l)));
-  }
-  return A(0);
-}
 
 /// The best of the lane's keys. Lane l holds the keys l, l + 32, ...
 template <class Key> struct Best {
@@ -137,9 +87,10 @@ template <class T> struct TokenResult {
   acc_t<T>* lse;
 };
 
+/// Returns what softmax made of the row; top is -inf for a token that is masked or has no expert.
 template <class T>
-MOE_DEVICE void route_token(const RouteArgs& args, bool masked, const T* row, key_t<acc_t<T>>* keys, TokenResult<T> out,
-                            int32_t* counts, int lane) {
+MOE_DEVICE RowSums<acc_t<T>> route_token(const RouteArgs& args, bool masked, const T* row, key_t<acc_t<T>>* keys,
+                                         TokenResult<T> out, int32_t* counts, int lane) {
   using A = acc_t<T>;
   const int E = int(args.E), K = int(args.K);
   const double softcap = args.rule.logit_softcap;
@@ -156,7 +107,7 @@ MOE_DEVICE void route_token(const RouteArgs& args, bool masked, const T* row, ke
       if (!masked) atomicAdd(&counts[k], 1);
     }
     if (lane == 0) *out.lse = 0;
-    return;
+    return {A(-INFINITY), 1};
   }
   RowSums<A> sums{top, 1};
   const bool softmax = args.rule.scoring == Scoring::softmax;
@@ -189,82 +140,78 @@ MOE_DEVICE void route_token(const RouteArgs& args, bool masked, const T* row, ke
   const A divisor = args.rule.renormalize && sum > 0 ? sum : A(1);  // divide first: K = 1 weighs exactly 1
   for (int k = lane; k < K; k += kWarp) out.weights[k] = out.weights[k] / divisor * A(args.rule.scale);
   if (lane == 0) *out.lse = softmax ? top + log(sums.sum) : A(0);
-}
-
-/// The logits of a tile into shared memory; token i of it stands at i * E.
-template <class T>
-MOE_DEVICE T* tile_in(const void* logits, int64_t stride, int64_t first, int tokens, int E, void* space) {
-  const T* from = static_cast<const T*>(logits) + first * stride;
-  if (stride == E) return copy_in(from, tokens * E, space);
-  T* to = static_cast<T*>(space);
-  for (int i = 0; i < tokens; ++i)
-    for (int e = threadIdx.x; e < E; e += blockDim.x) to[i * E + e] = from[i * stride + e];
-  return to;
+  return sums;
 }
 
 template <class T> MOE_KERNEL __launch_bounds__(256, sizeof(T) == 8 ? 2 : 4)
-    route_kernel(RouteArgs args, RouteTile tile) {
+    route_kernel(RouteArgs args, RouteTile tile, TokenRuns runs) {
   using A = acc_t<T>;
   MOE_SHARED(unsigned char, shared);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const int E = int(args.E), K = int(args.K);
-  auto* keys = reinterpret_cast<key_t<A>*>(shared + tile.keys) + int64_t(warp) * tile.keys_stride;
+  auto* all_keys = reinterpret_cast<key_t<A>*>(shared + tile.keys);
+  auto* keys = all_keys + int64_t(warp) * tile.keys_stride;
   auto* weights = reinterpret_cast<A*>(shared + tile.weights);
   auto* ids = reinterpret_cast<int32_t*>(shared + tile.ids);
   auto* lse = reinterpret_cast<A*>(shared + tile.lse);
   auto* counts = reinterpret_cast<int32_t*>(shared + tile.counts);
+  A* sums = args.score_sums ? reinterpret_cast<A*>(shared + tile.sums) : nullptr;
+  A* parts = static_cast<A*>(runs.per_group == 1 ? args.score_sums : args.workspace);
   for (int e = threadIdx.x; e < E; e += blockDim.x) counts[e] = 0;
-  for (int64_t first = int64_t(blockIdx.x) * tile.tokens; first < args.T; first += int64_t(gridDim.x) * tile.tokens) {
-    const int tokens = int(min(int64_t(tile.tokens), args.T - first));
-    const T* rows = tile_in<T>(args.logits, args.logits_stride, first, tokens, E, shared);
-    land();
-    __syncthreads();
-    for (int i = warp; i < tokens; i += warps)
-      route_token<T>(args, args.padding_mask && !args.padding_mask[first + i], rows + i * E, keys,
-                     {weights + i * K, ids + i * K, lse + i}, counts, lane);
-    __syncthreads();
-    copy_out(static_cast<A*>(args.topk_weights) + first * K, weights, tokens * K);
-    copy_out(args.topk_ids + first * K, ids, tokens * K);
-    if (args.lse) copy_out(static_cast<A*>(args.lse) + first, lse, tokens);
-    // No barrier here: the next tile's rows go where nothing is read any more, its results wait for the barrier above.
+  for (int64_t run = blockIdx.x; run < runs.count; run += gridDim.x) {
+    const int64_t end = runs.end(run);
+    for (int e = threadIdx.x; e < E && sums; e += blockDim.x) sums[e] = 0;
+    for (int64_t first = runs.begin(run); first < end; first += tile.tokens) {
+      const int tokens = int(min(int64_t(tile.tokens), end - first));
+      const T* rows = tile_in<T>(args.logits, args.logits_stride, first, tokens, E, shared);
+      land();
+      __syncthreads();
+      for (int round = 0; round < tokens; round += warps) {
+        const int i = round + warp;
+        if (i < tokens) {
+          const bool masked = args.padding_mask && !args.padding_mask[first + i];
+          const RowSums<A> row =
+              route_token<T>(args, masked, rows + i * E, keys, {weights + i * K, ids + i * K, lse + i}, counts, lane);
+          if (sums)
+            put_scores(args.rule, args.normalize_scores, row.top > A(-INFINITY), rows + i * E, E, row, keys, lane);
+        }
+        if (sums) {
+          __syncthreads();
+          add_scores(all_keys, tile.keys_stride, min(warps, tokens - round), E, sums);
+          __syncthreads();
+        }
+      }
+      __syncthreads();
+      copy_out(static_cast<A*>(args.topk_weights) + first * K, weights, tokens * K);
+      copy_out(args.topk_ids + first * K, ids, tokens * K);
+      if (args.lse) copy_out(static_cast<A*>(args.lse) + first, lse, tokens);
+      // No barrier here: the next tile's rows go where nothing is read any more, its results wait for the barrier
+      // above.
+    }
+    for (int e = threadIdx.x; e < E && sums; e += blockDim.x) parts[run * E + e] = sums[e];
   }
   for (int e = threadIdx.x; e < E; e += blockDim.x)
     if (counts[e] != 0) atomicAdd(&args.tokens_per_expert[e], counts[e]);
 }
 
-/// d logit / d score of one expert.
-template <class A> MOE_DEVICE A slope_of(Scoring scoring, A s, A l) {
-  if (scoring != Scoring::sqrtsoftplus) return scoring == Scoring::softmax ? s : s * (1 - s);
-  return l < -40 ? s / 2 : s > 0 ? 1 / (2 * s * (1 + exp_of(-l))) : A(0);
-}
-/// d (capped logit) / d logit, and 0 where the logit is not finite.
-template <class T> MOE_DEVICE acc_t<T> cap_slope(T raw, acc_t<T> l, double softcap) {
-  using A = acc_t<T>;
-  const A v = widen(raw);
-  if (!(v > A(-INFINITY) && v < A(INFINITY))) return 0;
-  const A z = softcap > 0 ? l / A(softcap) : A(0);
-  return 1 - z * z;
-}
-
-/// One token of the backward: turns its logits, in place, into their gradients. `pulls` holds d topk_weights;
-/// it and `weights` are used up.
+/// One token of the backward: turns its logits, in place, into their gradients. `pulls` holds d topk_weights; it and
+/// `weights` are used up. grad_sums: d score_sums of its group, or null.
 template <class T>
 MOE_DEVICE void route_token_backward(const RouteBackwardArgs& args, T* row, const int32_t* ids, acc_t<T>* weights,
-                                     acc_t<T>* pulls, acc_t<T> grad_lse, int lane) {
+                                     acc_t<T>* pulls, acc_t<T> grad_lse, const acc_t<T>* grad_sums, int lane) {
   using A = acc_t<T>;
   const int E = int(args.E), K = args.grad_weights ? int(args.K) : 0;
   const RouteRule& rule = args.rule;
-  const double softcap = rule.logit_softcap;
-  const A top = row_top(row, E, softcap, lane);
-  const bool live = ids[0] >= 0 && ids[0] < E && top > A(-INFINITY), softmax = rule.scoring == Scoring::softmax;
+  const A top = row_top(row, E, rule.logit_softcap, lane);
+  const bool live = ids[0] >= 0 && ids[0] < E && top > A(-INFINITY);
   RowSums<A> sums{top, 1};
-  if (live && softmax)
-    sums.sum = sum_of_exps<A>(E, lane, [&](int e) { return exp_of(clean_logit(row[e], softcap) - top); });
+  SumPull<A> aux{grad_sums, 0, 1, 0};
+  if (live) aux = pull_of(rule, args.normalize_scores, row, E, grad_sums, sums, lane);
   A sum = 0, dot = 0, mean = 0;
   for (int k = lane; k < K && live; k += kWarp) {
     if (ids[k] < 0 || ids[k] >= E) weights[k] = 0;
     if (weights[k] == 0) continue;  // was out of reach
-    const A s = score_of(rule.scoring, clean_logit(row[ids[k]], softcap), sums);
+    const A s = score_of(rule.scoring, clean_logit(row[ids[k]], rule.logit_softcap), sums);
     weights[k] = s;  // from here on
     sum += s, dot += pulls[k] * s;
   }
@@ -275,51 +222,47 @@ MOE_DEVICE void route_token_backward(const RouteBackwardArgs& args, T* row, cons
     pulls[k] = counts ? A(rule.scale) * pull : A(0);
     mean += pulls[k] * weights[k];
   }
-  mean = warp_sum(mean);
-  for (int k = lane; k < K && live; k += kWarp) {  // d logit of the chosen, before the row is overwritten
-    if (weights[k] == 0) continue;
-    const T raw = row[ids[k]];
-    const A l = clean_logit(raw, softcap);
-    pulls[k] = (softmax ? pulls[k] - mean + grad_lse : pulls[k]) * slope_of(rule.scoring, weights[k], l) *
-               cap_slope(raw, l, softcap);
-  }
+  const A all = grad_lse - warp_sum(mean) - aux.mean;
+  for (int k = lane; k < K && live; k += kWarp)  // d logit of the chosen, before the row is overwritten
+    if (weights[k] != 0) pulls[k] = grad_logit(rule, row[ids[k]], pulls[k] + aux.at(ids[k]), all, sums);
   __syncwarp();
-  for (int e = lane; e < E; e += kWarp) {  // the rest: softmax ties every logit to all
-    A grad = 0;
-    if (live && softmax) {
-      const A l = clean_logit(row[e], softcap);
-      grad = (grad_lse - mean) * score_of(rule.scoring, l, sums) * cap_slope(row[e], l, softcap);
-    }
-    row[e] = narrow<T>(grad);
-  }
+  const bool dense = live && (rule.scoring == Scoring::softmax || grad_sums);  // the rest of the row
+  for (int e = lane; e < E; e += kWarp)
+    row[e] = narrow<T>(dense ? grad_logit(rule, row[e], aux.at(e), all, sums) : A(0));
   __syncwarp();
   for (int k = lane; k < K && live; k += kWarp)
     if (weights[k] != 0) row[ids[k]] = narrow<T>(pulls[k]);
 }
 
-template <class T> MOE_KERNEL __launch_bounds__(256, 4) route_backward_kernel(RouteBackwardArgs args, RouteTile tile) {
+template <class T>
+MOE_KERNEL __launch_bounds__(256, 4) route_backward_kernel(RouteBackwardArgs args, RouteTile tile, TokenRuns runs) {
   using A = acc_t<T>;
   MOE_SHARED(unsigned char, shared);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const int E = int(args.E), K = int(args.K);
-  const A* grad_lse = static_cast<const A*>(args.grad_lse);
-  for (int64_t first = int64_t(blockIdx.x) * tile.tokens; first < args.T; first += int64_t(gridDim.x) * tile.tokens) {
-    const int tokens = int(min(int64_t(tile.tokens), args.T - first));
-    T* rows = tile_in<T>(args.logits, args.logits_stride, first, tokens, E, shared);
-    int32_t* ids = copy_in(args.topk_ids + first * K, tokens * K, shared + tile.ids);
-    A* weights = copy_in(static_cast<const A*>(args.topk_weights) + first * K, tokens * K, shared + tile.weights);
-    A* pulls = reinterpret_cast<A*>(shared + tile.pulls);
-    if (args.grad_weights) pulls = copy_in(static_cast<const A*>(args.grad_weights) + first * K, tokens * K, pulls);
-    const A* lse = reinterpret_cast<A*>(shared + tile.lse);
-    if (grad_lse) lse = copy_in(grad_lse + first, tokens, shared + tile.lse);
-    land();
-    __syncthreads();
-    for (int i = warp; i < tokens; i += warps)
-      route_token_backward<T>(args, rows + i * E, ids + i * K, weights + i * K, pulls + i * K, grad_lse ? lse[i] : A(0),
-                              lane);
-    __syncthreads();
-    copy_out(static_cast<T*>(args.grad_logits) + first * E, rows, tokens * E);
-    __syncthreads();
+  const A *grad_lse = static_cast<const A*>(args.grad_lse), *grad_sums = static_cast<const A*>(args.grad_score_sums);
+  for (int64_t run = blockIdx.x; run < runs.count; run += gridDim.x) {
+    const int64_t end = runs.end(run);
+    const A* of_group = nullptr;
+    if (grad_sums) of_group = copy_in(grad_sums + runs.group_of(run) * E, E, shared + tile.sums);
+    for (int64_t first = runs.begin(run); first < end; first += tile.tokens) {
+      const int tokens = int(min(int64_t(tile.tokens), end - first));
+      T* rows = tile_in<T>(args.logits, args.logits_stride, first, tokens, E, shared);
+      int32_t* ids = copy_in(args.topk_ids + first * K, tokens * K, shared + tile.ids);
+      A* weights = copy_in(static_cast<const A*>(args.topk_weights) + first * K, tokens * K, shared + tile.weights);
+      A* pulls = reinterpret_cast<A*>(shared + tile.pulls);
+      if (args.grad_weights) pulls = copy_in(static_cast<const A*>(args.grad_weights) + first * K, tokens * K, pulls);
+      const A* lse = reinterpret_cast<A*>(shared + tile.lse);
+      if (grad_lse) lse = copy_in(grad_lse + first, tokens, shared + tile.lse);
+      land();
+      __syncthreads();
+      for (int i = warp; i < tokens; i += warps)
+        route_token_backward<T>(args, rows + i * E, ids + i * K, weights + i * K, pulls + i * K,
+                                grad_lse ? lse[i] : A(0), of_group, lane);
+      __syncthreads();
+      copy_out(static_cast<T*>(args.grad_logits) + first * E, rows, tokens * E);
+      __syncthreads();
+    }
   }
 }
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Address audit: what the memory system would have to do for the addresses that a warp asked for together. A request is
-// one access site, one warp, the same turn of each lane. Shared memory has 32 banks of 4 bytes and serves 8-byte
+// one access site, one warp, the same turn of each lane since the lanes last met, so that a loop whose last round has
+// fewer lanes does not shift the turns of the loops after it. Shared memory has 32 banks of 4 bytes and serves 8-byte
 // requests by half warps and 16-byte requests by quarters; global memory moves sectors of 32 bytes.
 #include <algorithm>
 #include <map>
@@ -22,14 +23,22 @@ struct Lane {
   uint64_t address;
 };
 struct RequestKey {
-  uint32_t block, warp, turn;
-  bool operator<(const RequestKey& o) const { return std::tie(block, warp, turn) < std::tie(o.block, o.warp, o.turn); }
+  uint32_t block, warp;
+  uint64_t meeting;
+  uint32_t turn;
+  bool operator<(const RequestKey& o) const {
+    return std::tie(block, warp, meeting, turn) < std::tie(o.block, o.warp, o.meeting, o.turn);
+  }
+};
+struct Turn {  // of a thread at a site
+  uint64_t meeting;
+  uint32_t next;
 };
 struct Site {
   Space space;
   Access kind;
   std::map<RequestKey, std::vector<Lane>> requests;
-  std::map<std::pair<uint32_t, uint16_t>, uint32_t> turns;  // by block and thread
+  std::map<std::pair<uint32_t, uint16_t>, Turn> turns;  // by block and thread
 };
 // A copy touches global and shared memory from one place, hence the space in the key.
 std::map<std::tuple<const void*, Space, Access>, Site> sites;
@@ -112,8 +121,10 @@ void audit(const void* where, Space space, Access kind, uint64_t address, uint32
   Site& site = sites[{where, space, kind}];
   site.space = space;
   site.kind = kind;
-  const uint32_t turn = site.turns[{thread.block->serial, thread.id}]++;
-  site.requests[{thread.block->serial, thread.warp(), turn}].push_back({thread.lane(), bytes, address});
+  Turn& turn = site.turns[{thread.block->serial, thread.id}];
+  if (turn.meeting != thread.meeting) turn = {thread.meeting, 0};
+  site.requests[{thread.block->serial, thread.warp(), turn.meeting, turn.next++}].push_back(
+      {thread.lane(), bytes, address});
 }
 
 }  // namespace moe::simt

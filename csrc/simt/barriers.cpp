@@ -16,7 +16,9 @@ void release(Block& block, BlockBarrier& barrier) {
   barrier.sum.reset();
   barrier.here.assign(block.threads.size(), false);
   ++machine.progress;
+  ++machine.meetings;
   for (Thread* thread : waiting) {
+    thread->meeting = machine.meetings;
     thread->base = all;
     ++thread->own;
     block.reduced[thread->id] = count;

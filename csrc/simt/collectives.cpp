@@ -33,8 +33,11 @@ void meet(const char* name, uint32_t mask, void* argument, void (*work)(void** a
   Meeting complete = *meeting;
   meetings.erase(meeting);
   work(complete.arguments, mask);
+  ++machine.meetings;
   for_lanes(mask, [&](uint32_t other) {
-    if (other != lane) make_ready(thread.block->threads[thread.warp() * 32 + other]);
+    Thread& one = thread.block->threads[thread.warp() * 32 + other];
+    one.meeting = machine.meetings;
+    if (other != lane) make_ready(one);
   });
   yield();
 }

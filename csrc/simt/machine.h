@@ -75,6 +75,7 @@ struct Thread {
   std::deque<std::vector<CopyRef>> groups;  // committed, not waited for
   bool in_hook = false;
   bool grid_waited = false;  // griddepcontrol.wait
+  uint64_t meeting = 0;       // the last collective or barrier that it took part in; the same for all who did
   uint64_t polled_address = 0, polled_value = 0;
   int polls = 0;
   uint32_t quiet_accesses = 0;  // since it last gave way
@@ -155,6 +156,7 @@ struct Machine {
   Random random;
   uint64_t step = 0;      // context switches of this launch
   uint64_t progress = 0;  // counts what a polling thread may be waiting for
+  uint64_t meetings = 0;  // of lanes in collectives, of threads at barriers
   std::vector<std::unique_ptr<Block>> resident, spare;
   std::vector<uint32_t> order;  // of the blocks, by position; serial = first_serial + position
   size_t started = 0;

@@ -39,7 +39,7 @@ void reset_thread(Thread& thread, Block& block, uint16_t id, const ClockRef& bas
   thread.copies.clear();
   thread.groups.clear();
   thread.grid_waited = thread.in_hook = false;
-  thread.polled_address = thread.polls = 0;
+  thread.polled_address = thread.polls = 0, thread.meeting = 0;
   thread.site = nullptr;
   thread.fiber.start(enter_kernel);
 }

@@ -56,7 +56,7 @@ class NoisyGate(Gate):
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]} -> {self.num_experts}, top_k={self.top_k}, {self.rule}"
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, x: Tensor, *, padding_mask: Tensor | None = None, token_ids: Tensor | None = None
     ) -> tuple[Tensor, Routing, Noise | None]:
         """The clean logits, the routing by the noisy ones, and the noise."""

@@ -221,22 +221,37 @@ class Gate(nn.Module):
         alive = revive(u >= self.expert_dropout, -(-self.top_k // limit), groups)
         return torch.where(alive, logits, -math.inf)
 
-    def forward(
-        self, x: Tensor, *, padding_mask: Tensor | None = None, token_ids: Tensor | None = None
-    ) -> tuple[Tensor, Routing]:
-        """x [T, H], padding_mask bool [T] (True for a token), token_ids int [T] -> logits [T, E], Routing."""
+    @property
+    def sums_scores(self) -> bool:
+        """Whether `forward` takes `sums`: `route` chooses from the very logits that it returns."""
+        return type(self).forward is Gate.forward and self.router_fn is None and self.token_table is None
+
+    def _choose(
+        self, x: Tensor, *, padding_mask: Tensor | None = None, token_ids: Tensor | None = None,
+        sums: tuple[int, bool] | None = None,
+    ) -> tuple[Tensor, Routing] | tuple[Tensor, Routing, Tensor]:  # fmt: skip
+        """x [T, H], padding_mask bool [T] (True for a token), token_ids int [T] -> logits [T, E], Routing.
+
+        sums: groups and normalize of `route_with_sums`, whose score_sums are then the third result.
+        """
         logits = self.logits(x)
         if self.router_fn is not None:
             return logits, self._custom(x, logits, padding_mask)
         if self.token_table is not None:
             return logits, self._from_table(logits, padding_mask, token_ids)
         bias = self.e_score_correction_bias
-        options = self.settings.options()
-        found = ops.route(logits, self.top_k, e_score_correction_bias=bias, padding_mask=padding_mask, **options)
+        options = self.settings.options() | {"e_score_correction_bias": bias, "padding_mask": padding_mask}
+        score_sums: Tensor | None = None
+        if sums is None:
+            found = ops.route(logits, self.top_k, **options)
+        else:
+            found, score_sums = ops.route_with_sums(logits, self.top_k, sums[0], normalize=sums[1], **options)
         if self.training and self.settings.second_threshold is not None:
             u = draws.uniform(self.draws.key(draws.SECOND), x.shape[0], device=x.device, dtype=found.topk_weights.dtype)
             found = sample_second(found, u, self.settings.second_threshold)
-        return logits, found
+        return (logits, found) if score_sums is None else (logits, found, score_sums)
+
+    forward: Callable[..., Any] = _choose  # not by its name: gates of other rules take other arguments
 
     def _from_table(self, logits: Tensor, padding_mask: Tensor | None, token_ids: Tensor | None) -> Routing:
         """The ids of the table, in its order; the weights are those of `route` over these K experts alone."""
