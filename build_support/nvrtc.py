@@ -9,8 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("route", "sum_scores", "limit_capacity", "permute", "unpermute", "expert_choice", "sinkhorn")
-SOURCE = "".join(f'#include "cuda/{stage}.cuh"
-' for stage in STAGES)
+SOURCE = "".join(f'#include "cuda/{stage}.cuh"\n' for stage in STAGES)
 KERNELS = (
     "moe::cuda::route_kernel<moe::bf16>",
     "moe::cuda::route_backward_kernel<float>",
