@@ -42,7 +42,7 @@ def _route_backward(
 
 # ---- expert_choice, sinkhorn: the choice has no gradient, the weights that of route for the same ids
 
-_PLAIN = (False, 0.0, 1.0, 0.0)  # not renormalised, eps, scale, no softcap
+_PLAIN = (False, 0.0, 1.0, 0.0, False)  # not renormalised, eps, scale, no softcap; the scores as they are
 
 
 def _chosen_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -59,7 +59,7 @@ def _chosen_backward(ops: Any, ctx: Any, grad_weights: Tensor | None, *_rest: No
         return None, *none
     logits, topk_ids, topk_weights = ctx.saved_tensors
     rule = (ctx.scoring, *_PLAIN)
-    return ops.route_backward.default(grad_weights, None, logits, topk_ids, topk_weights, *rule), *none
+    return ops.route_backward.default(grad_weights, None, None, logits, topk_ids, topk_weights, *rule), *none
 
 
 # ---- sum_scores: keeps the logits
