@@ -12,6 +12,7 @@ Every step in which forwards are watched gives one record a layer (`RECORD`). Le
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ class Monitor:
         """set it before a forward: what `classes` is called with"""
         self.steps = 0
         self.records: list[dict[str, Any]] = []
-        self._sums: dict[str, dict[str, Tensor]] = {}
+        self._sums: dict[str, Tensor] = {}
         self._pairs: dict[str, Tensor] = {}
         self._by_class: dict[str, Tensor] = {}
         self._watch = Watch(model, self._see)
@@ -87,12 +88,10 @@ class Monitor:
         with torch.no_grad():
             E, ids, w = seen.num_experts, seen.ids, seen.weights
             here = ids[:, 0] >= 0
-            first = torch.where(here, w[:, 0], 0.0).double().sum()
-            drops = torch.zeros((), dtype=torch.float64, device=ids.device)
-            if seen.dropped is not None:
-                drops = seen.dropped.sum().double()
-            rest = torch.stack([first, here.sum().double(), drops])
-            self._add(self._sums.setdefault(seen.name, {}), "all", torch.cat([seen.chosen_counts().double(), rest]))
+            drops = here.new_zeros(()) if seen.dropped is None else seen.dropped
+            parts = (torch.where(here, w[:, 0], 0.0), here, drops)
+            sums = [seen.chosen_counts().double(), *(part.sum(dtype=torch.float64).view(1) for part in parts)]
+            self._add(self._sums, seen.name, torch.cat(sums))
             if self.co_activation or self.classes is not None:
                 used = torch.zeros((ids.shape[0], E + 1), device=ids.device)
                 used = used.scatter(1, torch.where((ids >= 0) & (ids < E), ids, E).long(), 1.0)[:, :E]
@@ -119,19 +118,23 @@ class Monitor:
         """Ends a step: one record a layer that was watched, of all ranks. Every rank has to call it."""
         records = []
         if self.steps % self.every == 0:
-            for name in self._watch.names:
-                sums = self._sums.get(name, {}).get("all")
-                if sums is None:
-                    zeros = self._watch.zeros(name)
-                    sums = torch.zeros(len(zeros) + 3, dtype=torch.float64, device=zeros.device)
-                if torch.distributed.is_available() and torch.distributed.is_initialized():
-                    torch.distributed.all_reduce(sums, group=self.group)
-                if float(sums[:-3].sum()) > 0:
-                    records.append(_record(self.steps, name, sums.cpu()))
+            sums = [self._sums[name] if name in self._sums else self._nothing(name) for name in self._watch.names]
+            together = torch.cat([s.to(sums[0].device) for s in sums])
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.all_reduce(together, group=self.group)
+            numbers = iter(together.tolist())  # one transfer for all layers; from here on it is plain arithmetic
+            for name, own in zip(self._watch.names, sums):
+                *counts, first, tokens, drops = (next(numbers) for _ in range(len(own)))
+                if sum(counts) > 0:
+                    records.append(_record(self.steps, name, counts, first, tokens, drops))
         self._sums.clear()
         self.records += records
         self.steps += 1
         return records
+
+    def _nothing(self, name: str) -> Tensor:
+        zeros = self._watch.zeros(name)
+        return torch.zeros(len(zeros) + 3, dtype=torch.float64, device=zeros.device)
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -202,14 +205,15 @@ class Monitor:
         Path(path).write_text(json.dumps({"records": self.records, **tables}))
 
 
-def _record(step: int, layer: str, sums: Tensor) -> dict[str, Any]:
-    """sums float64 [E + 3]: counts, then confidence, tokens and drops."""
-    counts, (first, tokens, drops) = sums[:-3], sums[-3:].tolist()
-    share = counts / counts.sum()
-    E = len(counts)
-    entropy = float(-torch.special.xlogy(share, share).sum() / torch.tensor(float(E)).log()) if E > 1 else 1.0
+def _record(
+    step: int, layer: str, counts: list[float], first: float, tokens: float, drops: float
+) -> dict[str, Any]:
+    """first: the weights of the first experts, summed over so many tokens."""
+    total, E = sum(counts), len(counts)
+    share = [count / total for count in counts]
+    entropy = -sum(s * math.log(s) for s in share if s > 0) / math.log(E) if E > 1 else 1.0
     return {
-        "step": step, "layer": layer, "counts": [int(c) for c in counts.tolist()], "share": share.tolist(),
-        "max_violation": float(share.max() * E - 1), "entropy": entropy, "dead": int((counts == 0).sum()),
-        "drop_rate": drops / float(counts.sum()), "confidence": first / max(tokens, 1),
+        "step": step, "layer": layer, "counts": [int(count) for count in counts], "share": share,
+        "max_violation": max(share) * E - 1, "entropy": entropy, "dead": counts.count(0.0),
+        "drop_rate": drops / total, "confidence": first / max(tokens, 1),
     }  # fmt: skip

@@ -34,9 +34,13 @@ class Seen:
     """bool [T, K]"""
     training: bool
     recomputed: bool
+    counts: Tensor | None = None
+    """int [E], where the router has counted already"""
 
     def chosen_counts(self) -> Tensor:
         """int64 [E]"""
+        if self.counts is not None:
+            return self.counts.long()
         return count_experts(torch.where(self.ids < self.num_experts, self.ids, -1), self.num_experts).long()
 
 
@@ -50,7 +54,7 @@ class Watch:
         self.callback = callback
         self.layers: dict[str, nn.Module] = {}
         self._handles: list[Any] = []
-        self._chosen: dict[str, tuple[Tensor, Tensor]] = {}
+        self._chosen: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         self._blocks: dict[str, nn.Module] = {}  # what holds the experts, and the selection bias beside them
         modules = dict(model.named_modules())
         ours = [name for name, m in modules.items() if isinstance(m, MoELayer)]
@@ -77,13 +81,14 @@ class Watch:
         self._handles.clear()
 
     def _routed(self, name: str, gate: Gate, _args: Any, output: Any) -> None:
-        self._chosen[name] = (output[1].topk_ids, output[1].topk_weights.detach())
+        routing = output[1]
+        self._chosen[name] = (routing.topk_ids, routing.topk_weights.detach(), routing.tokens_per_expert)
 
     def _ran(self, name: str, layer: MoELayer, _args: Any, _output: Any) -> None:
-        ids, weights = self._chosen.pop(name)
+        ids, weights, counts = self._chosen.pop(name)
         dropped = None if layer.last_routing is None else layer.last_routing.dropped
         E = layer.router.num_experts
-        self.callback(Seen(name, E, ids, weights, dropped, layer.training, recomputing()))
+        self.callback(Seen(name, E, ids, weights, dropped, layer.training, recomputing(), counts))
 
     def _called(self, name: str, module: Any, args: tuple[Any, ...]) -> None:
         ids, weights = _ids(args[1]), args[2].detach()
