@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // grouped_wgrad: the gradient of one weight matrix an expert, contracted over the expert's rows.
-//   out[e][n][k] (+)= sum over the rows r of expert e, ascending, of row_scale[r] * n_side[r][n] * k_side[r][k]
+//   out[e][n][k] (+)= sum over the rows r of expert e, ascending, of w(r) * n_side[r][n] * k_side[r][k]
+// with w(r) = topk_weights[row_to_slot[r]], or 1 where topk_weights is null.
 // How many rows an expert has stands on the device only: the host knows bounds. An expert without rows gets exact
 // zeros. A row of another expert is never multiplied, so its NaN stays where it is. `ends` is clamped to [0, S].
 #pragma once
@@ -26,9 +27,11 @@ struct GroupedWgradArgs {
   bool allow_tf32;         // f32 only: products of 10-bit mantissas, sums in float32; else multiply-adds in float32
   bool accumulate;         // out += instead of out =; then an expert without rows leaves its part as it is
   WgradSide n_side, k_side;
-  const void* row_scale;  // [S] acc, or null: 1. The product with n_side is rounded to dtype, as a stored one would be
-  const int32_t* ends;    // [E] ends of the experts' rows: expert_offsets + 1
-  Weight out;             // data, expert_stride, row_stride (n), col_stride (k); either may be the contiguous one
+  const int32_t* row_to_slot;  // [S], -1 = padding: weight 0; read for topk_weights alone
+  const void* topk_weights;    // [slots] acc, or null. One side times its weight is rounded to dtype, as if stored
+  const int32_t* ends;         // [E] ends of the experts' rows: expert_offsets + 1
+  void* out;
+  int64_t out_expert, out_row, out_col;  // strides of e, n, k; either of n and k may be the contiguous one
 };
 
 /// Whether the tensor cores take it: bf16, f16 or tf32; 16-byte rows of sides and out, one index of out contiguous.
