@@ -30,7 +30,7 @@ struct TileRow {
 
 constexpr TileRow kTileRows[] = {
     {"mma 128x256", 128, 256, 64, 4, 2, 4, false},
-    {"mma 128x128", 128, 128, 64, 3, 2, 2, true},
+    {"mma 128x128", 128, 128, 64, 3, 2, 2, false},
     {"mma 64x128", 64, 128, 64, 4, 2, 2, true},
     {"mma 16x128", 16, 128, 128, 4, 1, 4, true},
     {"fma", 32, 32, 0, 1, 1, 1, false},  // grouped_fma.cu: multiply-adds, takes everything
@@ -53,7 +53,7 @@ constexpr Processor kProcessors[] = {
     {100, 148, 227 << 10, 228 << 10, 1280, 40}, {120, 170, 99 << 10, 100 << 10, 512, 24},
 };
 constexpr Processor processor_of(int arch) {
-  Processor found = kProcessors[0];
+  Processor found{};  // arch 0: older than all
   for (const Processor& p : kProcessors)
     if (p.arch <= arch) found = p;
   return found;
@@ -72,6 +72,7 @@ constexpr int64_t ceil_of(int64_t n, int64_t d) { return (n + d - 1) / d; }
 /// Why this row does not take the product, or null.
 constexpr const char* refusal(const TileRow& row, const ProductShape& p, const Processor& on) {
   if (row.slice == 0) return nullptr;
+  if (on.arch < 80) return "the processor is older than sm_80";
   if (p.dtype == DType::f64) return "no tensor core sums float64 here";
   if (p.dtype == DType::f32 && !p.allow_tf32) return "float32 is summed exactly unless tf32 is allowed";
   if (p.dtype == DType::f32 && !row.has_tf32) return "no tf32 kernel of this size";
