@@ -27,7 +27,8 @@ from moe_kernels import autograd, ops, schemas
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMESPACE = "moe_kernels_simt"
-STAGES = ("route", "route_backward", "permute", "permute_backward", "unpermute", "unpermute_backward")
+FORWARDS = ("route", "permute", "unpermute", "fused_experts")
+STAGES = (*FORWARDS, *(f"{stage}_backward" for stage in FORWARDS))
 SEED = "MOE_KERNELS_SIMT_SEED"
 
 
@@ -42,7 +43,7 @@ def library() -> CDLL:
     for name in STAGES:
         _DEFINITIONS.define(name + schemas.SCHEMAS[name])
     torch.ops.load_library(path)
-    autograd.install(NAMESPACE, ("route", "permute", "unpermute"))
+    autograd.install(NAMESPACE, FORWARDS)
     return CDLL(path)
 
 
@@ -94,5 +95,5 @@ def _on_emulator(function: Callable[..., Any], stage: str) -> Callable[..., Any]
 
 BACKEND = SimpleNamespace(
     name="simt", device="cpu", route=_on_emulator(mk.route, "route"), permute=_on_emulator(mk.permute, "permute"),
-    unpermute=_on_emulator(mk.unpermute, "unpermute"),
+    unpermute=_on_emulator(mk.unpermute, "unpermute"), fused_experts=_on_emulator(mk.fused_experts, "fused_experts"),
 )  # fmt: skip
