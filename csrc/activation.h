@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The activations and their derivatives, written once: M gives the numbers, one by one on a GPU, vectors on a CPU.
-//   M::V  the number or vector     M::A  its element     M::exp, M::erf
+//   M::V  the number or vector     M::A  its element     M::exp, M::sigmoid, M::erf
 #pragma once
 #include "moe.h"
 
@@ -9,8 +9,6 @@ namespace moe {
 template <class V> struct Value { V value, slope; };
 constexpr double kSqrt2OverPi = 0.79788456080286535588, kSqrtHalf = 0.70710678118654752440;
 
-template <class M> MOE_BOTH typename M::V sigmoid_by(typename M::V x) { return 1 / (1 + M::exp(-x)); }
-
 /// act(x) and, where asked for, act'(x), for the activations of one argument.
 template <class M, bool kSlope> MOE_BOTH Value<typename M::V> activation_of(Activation activation, typename M::V x) {
   using A = typename M::A;
@@ -18,7 +16,7 @@ template <class M, bool kSlope> MOE_BOTH Value<typename M::V> activation_of(Acti
   const V zero{}, one = zero + A(1);
   switch (activation) {
     case Activation::silu: {
-      const V s = sigmoid_by<M>(x);
+      const V s = M::sigmoid(x);
       return {x * s, kSlope ? s * (1 + x * (1 - s)) : zero};
     }
     case Activation::gelu: {
@@ -26,7 +24,7 @@ template <class M, bool kSlope> MOE_BOTH Value<typename M::V> activation_of(Acti
       return {x * cdf, kSlope ? cdf + x * (A(.5 * kSqrt2OverPi) * M::exp(A(-.5) * x * x)) : zero};
     }
     case Activation::gelu_tanh: {  // (1 + tanh z) / 2 = sigmoid(2 z)
-      const V s = sigmoid_by<M>(A(2 * kSqrt2OverPi) * x * (1 + A(.044715) * x * x));
+      const V s = M::sigmoid(A(2 * kSqrt2OverPi) * x * (1 + A(.044715) * x * x));
       const V dz = A(2 * kSqrt2OverPi) * (1 + A(3 * .044715) * x * x);
       const V tail = s * (1 - s);
       return {x * s, kSlope ? s + (tail == 0 ? zero : x * tail * dz) : zero};
@@ -41,29 +39,28 @@ template <class M, bool kSlope> MOE_BOTH Value<typename M::V> activation_of(Acti
   return {zero, zero};
 }
 
-/// act(gate) * up, or act(gate) where up is null; with kGrad also the gradients of grad times it (grad_up only where up
-/// is given).
+/// act(gate) * up, or act(gate) where nothing is gated; with kGrad also the gradients of grad times it.
 template <class M, bool kGrad>
-MOE_BOTH typename M::V gate_of(const ActivationRule& rule, typename M::V gate, const typename M::V* up,
+MOE_BOTH typename M::V gate_of(const ActivationRule& rule, typename M::V gate, typename M::V up, bool gated,
                                typename M::V grad, typename M::V* grad_gate, typename M::V* grad_up) {
   using A = typename M::A;
   using V = typename M::V;
   if (rule.activation == Activation::swigluoai) {  // (clamp(up) + 1) * min(gate) * sigmoid(alpha * min(gate))
     const V limit = V{} + A(rule.limit), zero{};
-    const V g = gate > limit ? limit : gate, u = *up > limit ? limit : *up < -limit ? -limit : *up;
-    const V s = sigmoid_by<M>(A(rule.alpha) * g);
+    const V g = gate > limit ? limit : gate, u = up > limit ? limit : up < -limit ? -limit : up;
+    const V s = M::sigmoid(A(rule.alpha) * g);
     if constexpr (kGrad) {
       *grad_gate = gate > limit ? zero : grad * (u + 1) * s * (1 + A(rule.alpha) * g * (1 - s));
-      *grad_up = *up > limit ? zero : *up < -limit ? zero : grad * g * s;
+      *grad_up = up > limit ? zero : up < -limit ? zero : grad * g * s;
     }
     return (u + 1) * g * s;
   }
   const Value<V> act = activation_of<M, kGrad>(rule.activation, gate);
   if constexpr (kGrad) {
-    *grad_gate = grad * act.slope * (up ? *up : V{} + A(1));
-    if (up) *grad_up = grad * act.value;
+    *grad_gate = grad * act.slope * (gated ? up : V{} + A(1));
+    if (gated) *grad_up = grad * act.value;
   }
-  return up ? act.value * *up : act.value;
+  return gated ? act.value * up : act.value;
 }
 
 }  // namespace moe

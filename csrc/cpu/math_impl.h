@@ -42,6 +42,7 @@ template <class Element> struct Vectors {
   using A = Element;
   using V = Vec<A>;
   static V exp(V x) { return exp_of(x); }
+  static V sigmoid(V x) { return sigmoid_of<A>(x); }
   static V erf(V x) { return erf_of<A>(x); }
 };
 
@@ -69,7 +70,7 @@ void activate(const ActivationRule& rule, const A* gate, const A* up, A* out, in
     Vec<A> u{};
     if (up) u = load_part(up + i, lanes);
     store_part(out + i,
-               gate_of<Vectors<A>, false>(rule, load_part(gate + i, lanes), up ? &u : nullptr, u, nullptr, nullptr),
+               gate_of<Vectors<A>, false>(rule, load_part(gate + i, lanes), u, up != nullptr, u, nullptr, nullptr),
                lanes);
   });
 }
@@ -80,7 +81,7 @@ void activate_backward(const ActivationRule& rule, A scale, const A* gate, const
     Vec<A> u{}, dg{}, du{};
     if (up) u = load_part(up + i, lanes);
     const Vec<A> grad = scale * load_part(grad_out + i, lanes);
-    store_part(act + i, gate_of<Vectors<A>, true>(rule, load_part(gate + i, lanes), up ? &u : nullptr, grad, &dg, &du),
+    store_part(act + i, gate_of<Vectors<A>, true>(rule, load_part(gate + i, lanes), u, up != nullptr, grad, &dg, &du),
                lanes);
     store_part(grad_gate + i, dg, lanes);
     if (up) store_part(grad_up + i, du, lanes);
