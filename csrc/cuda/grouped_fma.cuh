@@ -121,7 +121,7 @@ MOE_DEVICE void fma_products(const GroupedRows& g, int64_t expert, int64_t unit,
   }
 }
 
-template <class T, int kHalves> MOE_KERNEL __launch_bounds__(kFmaThreads) grouped_fma_kernel(GroupedRows g) {
+template <class T, int kHalves> MOE_KERNEL __launch_bounds__(kFmaThreads, 4) grouped_fma_kernel(GroupedRows g) {
   using A = acc_t<T>;
   using Shared = FmaShared<A, kHalves>;
   MOE_SHARED(Shared, shared);
