@@ -79,21 +79,28 @@ def restart(seed: int = _FIRST_SEED) -> None:
     _seeds = itertools.count(seed)
 
 
-def _on_emulator(function: Callable[..., Any], stage: str) -> Callable[..., Any]:
-    """`function` of moe_kernels.ops with the stage's op replaced. Every call takes the next seed: its schedule."""
+@contextmanager
+def patched() -> Iterator[None]:
+    """The public ops run on the emulator inside, for layers and models that call them. Every use takes the next seed."""
+    library()
+    os.environ[SEED] = str(next(_seeds))
+    found = getattr(torch.ops, NAMESPACE)
+    with mock.patch.multiple(ops, **{f"_{stage.upper()}": getattr(found, stage).default for stage in FORWARDS}):
+        yield
+
+
+def _on_emulator(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` of moe_kernels.ops on the emulator."""
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        library()
-        os.environ[SEED] = str(next(_seeds))
-        op = getattr(torch.ops, NAMESPACE)
-        with mock.patch.object(ops, f"_{stage.upper()}", getattr(op, stage).default):
+        with patched():
             return function(*args, **kwargs)
 
     return run
 
 
 BACKEND = SimpleNamespace(
-    name="simt", device="cpu", route=_on_emulator(mk.route, "route"), permute=_on_emulator(mk.permute, "permute"),
-    unpermute=_on_emulator(mk.unpermute, "unpermute"), fused_experts=_on_emulator(mk.fused_experts, "fused_experts"),
+    name="simt", device="cpu", route=_on_emulator(mk.route), permute=_on_emulator(mk.permute),
+    unpermute=_on_emulator(mk.unpermute), fused_experts=_on_emulator(mk.fused_experts),
 )  # fmt: skip
