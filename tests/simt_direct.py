@@ -43,7 +43,8 @@ class GroupedWgrad(Structure):
 def library() -> ctypes.CDLL:
     """Builds and loads the launchers. Errors: RuntimeError with the compiler's words."""
     root = simt_ops.ROOT
-    sources = [root / "csrc/cuda/grouped_wgrad.cu", root / "tests/simt/direct.cpp"]
+    kernels = ("grouped_wgrad", "grouped_gemm", "grouped_gemm_bf16", "grouped_gemm_f16", "grouped_gemm_tf32", "grouped_fma")
+    sources = [*(root / f"csrc/cuda/{name}.cu" for name in kernels), root / "tests/simt/direct.cpp"]
     found = ctypes.CDLL(str(programs.build("direct.so", sources, link_flags="-shared")))
     found.moe_test_register.argtypes = [c_void_p, c_size_t, c_char_p, c_bool]
     found.moe_test_unregister.argtypes = [c_void_p]

@@ -19,9 +19,7 @@ struct Quotient {
 };
 
 /// The rows of expert e, clamped to [0, S].
-struct RowRange {
-  int32_t begin, end;
-};
+struct RowRange { int32_t begin, end; };
 MOE_DEVICE RowRange rows_of(const int32_t* ends, int64_t e, int64_t S) {
   const int32_t begin = e > 0 ? min(max(ends[e - 1], 0), int32_t(S)) : 0;
   return {begin, max(begin, min(ends[e], int32_t(S)))};
@@ -53,7 +51,7 @@ template <class T> struct WgradCopy {
   int64_t stride;  // bytes
   const int32_t* gather;
   Quotient token;
-  uint32_t read, to;          // bytes of a chunk: 0 past the width | offset in a stage
+  uint32_t read, to;            // bytes of a chunk: 0 past the width | offset in a stage
   int32_t rows[Tile::kCopies];  // of the next stage: what gather says, -1 past the end
 
   MOE_DEVICE WgradCopy(const WgradSide& side, Quotient quotient, int64_t first, int64_t width, uint32_t part)
@@ -279,7 +277,8 @@ constexpr int kWgradFmaWidth = 64, kWgradFmaDepth = 16, kWgradFmaThreads = 256;
 
 /// One side of the next 16 rows, in acc, zeros past the ends. Consecutive threads take what lies side by side.
 template <class T>
-MOE_DEVICE void load_side(acc_t<T>* tile, const WgradSide& side, int32_t row, int32_t end, int64_t first, int64_t width) {
+MOE_DEVICE void load_side(acc_t<T>* tile, const WgradSide& side, int32_t row, int32_t end, int64_t first,
+                          int64_t width) {
   for (int i = threadIdx.x; i < kWgradFmaDepth * kWgradFmaWidth; i += kWgradFmaThreads) {
     const bool along = side.col_stride == 1;
     const int r = along ? i / kWgradFmaWidth : i % kWgradFmaDepth, c = along ? i % kWgradFmaWidth : i / kWgradFmaDepth;
@@ -310,8 +309,11 @@ MOE_KERNEL __launch_bounds__(256) grouped_wgrad_fma_kernel(GroupedWgradArgs args
     load_side<T>(n_tile, args.n_side, r, rows.end, n0, args.N);
     load_side<T>(k_tile, args.k_side, r, rows.end, k0, args.K);
     if (threadIdx.x < kWgradFmaDepth) {
-      const int32_t row = r + int32_t(threadIdx.x), slot = args.topk_weights && row < rows.end ? args.row_to_slot[row] : -1;
-      weights[threadIdx.x] = !args.topk_weights ? A(1) : slot < 0 ? A(0) : static_cast<const A*>(args.topk_weights)[slot];
+      const int32_t row = r + int32_t(threadIdx.x),
+                    slot = args.topk_weights && row < rows.end ? args.row_to_slot[row] : -1;
+      weights[threadIdx.x] = !args.topk_weights ? A(1)
+                             : slot < 0         ? A(0)
+                                                : static_cast<const A*>(args.topk_weights)[slot];
     }
     __syncthreads();
     for (int d = 0; d < kWgradFmaDepth; ++d) {

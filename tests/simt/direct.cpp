@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "../../csrc/cuda/decode.h"
+#include "../../csrc/cuda/grouped_gemm.h"
 #include "../../csrc/cuda/grouped_wgrad.h"
 
 namespace {
@@ -13,6 +14,16 @@ template <class Args> const char* run(cudaError_t (*launcher)(const Args&, cudaS
   std::memcpy(&copy, args, sizeof copy);
   const cudaError_t error = launcher(copy, nullptr);
   return error == cudaSuccess ? "" : cudaGetErrorString(error);
+}
+
+/// A grouped product by the kernel of one row of the table; -1: by the chosen one.
+struct RowsBy {
+  moe::cuda::GroupedRows rows;
+  int32_t by;
+};
+cudaError_t rows_by(const RowsBy& args, cudaStream_t stream) {
+  if (args.by < 0) return moe::cuda::grouped_rows(args.rows, stream);
+  return moe::cuda::grouped_rows_by(args.by, args.rows, stream);
 }
 
 }  // namespace
@@ -28,4 +39,8 @@ MOE_SIMT_EXPORT const char* moe_test_grouped_wgrad(const void* args) { return ru
 MOE_SIMT_EXPORT bool moe_test_grouped_wgrad_uses_mma(const moe::cuda::GroupedWgradArgs* args) {
   return moe::cuda::grouped_wgrad_uses_mma(*args);
 }
+
+MOE_SIMT_EXPORT size_t moe_test_size_grouped_rows() { return sizeof(RowsBy); }
+MOE_SIMT_EXPORT const char* moe_test_grouped_rows(const void* args) { return run(rows_by, args); }
+MOE_SIMT_EXPORT int moe_test_choose_row(const moe::cuda::GroupedRows* rows) { return moe::cuda::choose_row(*rows); }
 }
