@@ -78,13 +78,17 @@ def restart(seed: int = _FIRST_SEED) -> None:
     _seeds = itertools.count(seed)
 
 
+def next_seed() -> int:
+    return next(_seeds)
+
+
 def _on_emulator(function: Callable[..., Any], stage: str) -> Callable[..., Any]:
     """`function` of moe_kernels.ops with the stage's op replaced. Every call takes the next seed: its schedule."""
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
         library()
-        os.environ[SEED] = str(next(_seeds))
+        os.environ[SEED] = str(next_seed())
         op = getattr(torch.ops, NAMESPACE)
         with mock.patch.object(ops, f"_{stage.upper()}", getattr(op, stage).default):
             return function(*args, **kwargs)
