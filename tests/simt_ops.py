@@ -79,11 +79,15 @@ def restart(seed: int = _FIRST_SEED) -> None:
     _seeds = itertools.count(seed)
 
 
+def next_seed() -> int:
+    return next(_seeds)
+
+
 @contextmanager
 def patched() -> Iterator[None]:
     """The public ops run on the emulator inside, for layers and models that call them. Every use takes the next seed."""
     library()
-    os.environ[SEED] = str(next(_seeds))
+    os.environ[SEED] = str(next_seed())
     found = getattr(torch.ops, NAMESPACE)
     with mock.patch.multiple(ops, **{f"_{stage.upper()}": getattr(found, stage).default for stage in FORWARDS}):
         yield
