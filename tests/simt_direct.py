@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA launchers on the emulator, called by their structs on CPU tensors: see tests/simt/direct.cpp."""
+"""The CUDA launchers on the emulator, called by their structs on CPU tensors: see tests/simt/direct.cpp.
+
+The structs are read from the headers, so a field that is added or moved there is added or moved here.
+"""
 
 from __future__ import annotations
 
@@ -7,79 +10,113 @@ import ctypes
 import functools
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from ctypes import Structure, c_bool, c_char_p, c_double, c_int32, c_int64, c_size_t, c_void_p
 from typing import Any
 
 import simt_ops
 import torch
+from torch import Tensor
+
+from moe_kernels.schemas import DTYPE_CODE
 
 sys.path.insert(0, str(simt_ops.ROOT / "tests/simt"))
 import programs  # noqa: E402
 
-CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}  # enum DType
+CUDA = simt_ops.ROOT / "csrc/cuda"
+LAUNCHERS = ("grouped_wgrad", "decode")
 
 
-class Weight(Structure):
-    _fields_ = [("data", c_void_p), ("expert_stride", c_int64), ("row_stride", c_int64), ("col_stride", c_int64),
-                ("panel_stride", c_int64), ("padded", c_bool)]  # fmt: skip
+# ---- structs of the headers as ctypes
+
+_TYPES: dict[str, Any] = {
+    "int64_t": ctypes.c_int64, "int32_t": ctypes.c_int32, "double": ctypes.c_double, "bool": ctypes.c_bool,
+    "DType": ctypes.c_int32, "Activation": ctypes.c_int32,
+}  # fmt: skip
 
 
-class WgradSide(Structure):
-    _fields_ = [("data", c_void_p), ("row_stride", c_int64), ("col_stride", c_int64), ("gather", c_void_p),
-                ("per_token", c_int64)]  # fmt: skip
+def _struct(name: str) -> type[ctypes.Structure]:
+    """The struct `name` of moe.h or a launcher's header, its members in order."""
+    for header in (CUDA.parent / "moe.h", *(CUDA / f"{launcher}.h" for launcher in LAUNCHERS)):
+        text = re.sub(r"//.*", "", header.read_text())
+        if found := re.search(rf"^struct {name} {{(.*?)^}};", text, re.M | re.S):
+            break
+    else:
+        raise AssertionError(f"no struct {name} in the headers")
+    fields = []
+    for declaration in filter(None, (part.strip() for part in found[1].split(";"))):
+        kind, _, members = declaration.removeprefix("const ").partition(" ")
+        for member in re.split(r",\s*", members):
+            pointer = kind.endswith("*") or member.startswith("*")
+            fields.append((member.lstrip("* "), ctypes.c_void_p if pointer else type_of(kind)))
+    return type(name, (ctypes.Structure,), {"_fields_": fields})
 
 
-class GroupedWgrad(Structure):
-    _fields_ = [("E", c_int64), ("S", c_int64), ("N", c_int64), ("K", c_int64), ("dtype", c_int32),
-                ("out_dtype", c_int32), ("allow_tf32", c_bool), ("accumulate", c_bool), ("n_side", WgradSide),
-                ("k_side", WgradSide), ("row_to_slot", c_void_p), ("topk_weights", c_void_p), ("ends", c_void_p),
-                ("out", c_void_p), ("out_expert", c_int64), ("out_row", c_int64), ("out_col", c_int64)]  # fmt: skip
+@functools.cache
+def type_of(name: str) -> Any:
+    return _TYPES.get(name) or _struct(name)
+
+
+def make(struct: str, **values: Any) -> Any:
+    """A struct with these members; a tensor stands for its address, a dtype for its code, what is not named is 0."""
+    made = type_of(struct)()
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            value = value.data_ptr()
+        setattr(made, name, DTYPE_CODE.get(value, value) if isinstance(value, torch.dtype) else value)
+    return made
+
+
+# ---- calls
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
     """Builds and loads the launchers. Errors: RuntimeError with the compiler's words."""
-    root = simt_ops.ROOT
-    kernels = ("grouped_wgrad", "grouped_gemm", "grouped_gemm_bf16", "grouped_gemm_f16", "grouped_gemm_tf32", "grouped_fma")
-    sources = [*(root / f"csrc/cuda/{name}.cu" for name in kernels), root / "tests/simt/direct.cpp"]
+    sources = [*sorted(CUDA.glob("grouped_*.cu")), CUDA / "decode.cu", simt_ops.ROOT / "tests/simt/direct.cpp"]
     found = ctypes.CDLL(str(programs.build("direct.so", sources, link_flags="-shared")))
-    found.moe_test_register.argtypes = [c_void_p, c_size_t, c_char_p, c_bool]
-    found.moe_test_unregister.argtypes = [c_void_p]
-    found.moe_simt_audit_stop.restype = c_char_p
+    found.moe_test_register.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p, ctypes.c_bool]
+    found.moe_test_unregister.argtypes = [ctypes.c_void_p]
+    found.moe_simt_audit_stop.restype = ctypes.c_char_p
+    for name in LAUNCHERS:
+        getattr(found, f"moe_test_size_{name}").restype = ctypes.c_size_t
+        getattr(found, f"moe_test_{name}_uses_mma").restype = ctypes.c_bool
+        getattr(found, f"moe_test_{name}").restype = ctypes.c_char_p
     return found
 
 
-def extent(tensor: torch.Tensor) -> int:
+def extent(tensor: Tensor) -> int:
     """Bytes from the first element to the end of the last."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
     return (last + 1) * tensor.itemsize if tensor.numel() else 0
 
 
-def call(name: str, args: Structure, *, reads: dict[str, torch.Tensor], writes: dict[str, torch.Tensor]) -> None:
+def call(name: str, args: ctypes.Structure, reads: dict[str, Tensor | None], writes: dict[str, Tensor]) -> None:
     """Runs a launcher. A kernel may read `reads`, and what it has itself written of `writes`; nothing else exists.
 
     Errors: RuntimeError with the emulator's report.
     """
     lib = library()
-    size = getattr(lib, f"moe_test_size_{name}")
-    size.restype = c_size_t
-    assert size() == ctypes.sizeof(args), f"simt_direct.py and the header disagree about {name}"
-    os.environ[simt_ops.SEED] = str(next(simt_ops._seeds))
-    buffers = [(t, key, True) for key, t in reads.items()] + [(t, key, False) for key, t in writes.items()]
-    for tensor, key, written in buffers:
+    wanted = getattr(lib, f"moe_test_size_{name}")()
+    assert wanted == ctypes.sizeof(args), f"{name}: {ctypes.sizeof(args)} bytes here, {wanted} in the header"
+    os.environ[simt_ops.SEED] = str(simt_ops.next_seed())
+    buffers = [(key, t, True) for key, t in reads.items() if t is not None]
+    buffers += [(key, t, False) for key, t in writes.items()]
+    for key, tensor, written in buffers:
         lib.moe_test_register(tensor.data_ptr(), extent(tensor), key.encode(), written)
     try:
-        run = getattr(lib, f"moe_test_{name}")
-        run.restype, run.argtypes = c_char_p, [c_void_p]
-        report = run(ctypes.addressof(args)).decode()
+        report = getattr(lib, f"moe_test_{name}")(ctypes.byref(args)).decode()
     finally:
-        for tensor, _, _ in buffers:
+        for _, tensor, _ in buffers:
             lib.moe_test_unregister(tensor.data_ptr())
     if report:
         raise RuntimeError(f"{name}: {report}")
+
+
+def uses_mma(name: str, args: ctypes.Structure) -> bool:
+    return bool(getattr(library(), f"moe_test_{name}_uses_mma")(ctypes.byref(args)))
 
 
 @contextmanager
@@ -91,10 +128,3 @@ def audit() -> Iterator[list[dict[str, Any]]]:
         yield records
     finally:
         records += json.loads(library().moe_simt_audit_stop())
-
-
-def pointer(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
-_ = c_double

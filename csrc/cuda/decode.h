@@ -17,15 +17,15 @@ namespace moe::cuda {
 constexpr int64_t kDecodeSlots = 512;  // the most slots: a block of decode_w2 keeps one sum a slot
 
 struct DecodeArgs {
-  ExpertMlp mlp;  // hidden_mask null, weights not packed; row_to_slot and expert_offsets as permute_index left them
+  ExpertMlp mlp;  // weights not packed; row_to_slot and expert_offsets as permute_index left them, without padding
   void* y;        // [T, H]
-  void* act;      // workspace, decode_workspace_bytes
+  void* act;      // [S, I] workspace, decode_workspace_bytes
 };
 
-/// Whether decode takes the call: few slots, no hidden_mask, no packed weights.
+/// Whether decode takes the call: kDecodeSlots at most, one type of x and weights, weights not packed.
 bool decode_takes(const ExpertMlp&);
-/// Whether the tensor cores take it: bf16 or f16 alike for x and weights, rows of 16 bytes, H and I contiguous in the
-/// weights. Otherwise plain multiply-adds in acc, for any stride and any pair of types.
+/// Whether the tensor cores take it: bf16 or f16, rows of 16 bytes, H and I contiguous in the weights. Otherwise a warp a
+/// dot product in acc, for any width, stride and type.
 bool decode_uses_mma(const ExpertMlp&);
 int64_t decode_workspace_bytes(const ExpertMlp&);
 cudaError_t decode(const DecodeArgs&, cudaStream_t);

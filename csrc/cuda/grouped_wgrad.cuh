@@ -7,23 +7,11 @@
 //             0 times a neighbour's NaN would be NaN
 #pragma once
 #include "element.cuh"
+#include "expert_rows.cuh"
 #include "grouped_wgrad.h"
 #include "mma_tile.cuh"
 
 namespace moe::cuda {
-
-/// n / d of numbers below 2^31: one product.
-struct Quotient {
-  uint32_t multiplier, shift;
-  MOE_DEVICE int32_t operator()(int32_t n) const { return int32_t(uint64_t(uint32_t(n)) * multiplier >> shift); }
-};
-
-/// The rows of expert e, clamped to [0, S].
-struct RowRange { int32_t begin, end; };
-MOE_DEVICE RowRange rows_of(const int32_t* ends, int64_t e, int64_t S) {
-  const int32_t begin = e > 0 ? min(max(ends[e - 1], 0), int32_t(S)) : 0;
-  return {begin, max(begin, min(ends[e], int32_t(S)))};
-}
 
 template <class T> struct WgradTile {
   static constexpr int kWidth = 128, kThreads = 128, kStages = 4, kWarpWidth = 64;
