@@ -41,11 +41,6 @@ template <class T> struct Tile {
   void (*narrow)(const A* from, int64_t from_stride, T* to, int64_t to_stride, int64_t rows, int64_t n);
 };
 
-struct ActivationRule {
-  Activation activation;
-  double limit, alpha;
-};
-
 template <class A> struct Math {
   /// out = act(gate) * up, or act(gate) where up is null. In place is fine.
   void (*activate)(const ActivationRule&, const A* gate, const A* up, A* out, int64_t count);

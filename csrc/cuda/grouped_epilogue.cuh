@@ -139,7 +139,7 @@ template <class T, int V> MOE_DEVICE void store_units(T* row, int64_t I, int64_t
   if (gated) store_columns<T, V>(row + I + i, I - i, up);
 }
 
-MOE_DEVICE ActivationRule rule_of(const RowsEpilogue& p) { return {p.activation, p.gated, p.limit, p.alpha}; }
+MOE_DEVICE ActivationRule rule_of(const RowsEpilogue& p) { return {p.activation, p.limit, p.alpha}; }
 
 /// h = s * sum + bias, in place, of units [i, i + V).
 template <class T, int V> MOE_DEVICE void add_bias(const RowsEpilogue& p, const EpilogueRow<acc_t<T>>& row, int64_t I,
@@ -176,7 +176,7 @@ template <class T, int V> MOE_DEVICE void finish_activation(const RowsEpilogue& 
   load_mask(p, row, I, i, mask);
   const ActivationRule rule = rule_of(p);
 #pragma unroll
-  for (int j = 0; j < V; ++j) act[j] = mask[j] * activate<sizeof(T) == 2>(rule, gate[j], up[j]).value;
+  for (int j = 0; j < V; ++j) act[j] = mask[j] * activate<sizeof(T) == 2>(rule, p.gated, gate[j], up[j]).value;
   store_columns<T, V>(static_cast<T*>(p.act) + row.r * I + i, I - i, act);
 }
 
@@ -196,7 +196,7 @@ template <class T, int V> MOE_DEVICE acc_t<T> finish_backward(const RowsEpilogue
   A share = 0;
 #pragma unroll
   for (int j = 0; j < V; ++j) {
-    const Activated<A> a = activate<sizeof(T) == 2>(rule, gate[j], up[j]);
+    const Activated<A> a = activate<sizeof(T) == 2>(rule, p.gated, gate[j], up[j]);
     const A grad = mask[j] * u[j];
     grad_gate[j] = v * grad * a.by_gate, grad_up[j] = v * grad * a.by_up;
     act[j] = v * mask[j] * a.value;

@@ -35,7 +35,8 @@ constexpr int64_t kFmaColumns = 32;  // of D in one of the weight_parts of group
 ///                        d topk_weights = sum over p in order (+ <dO, b2[e]> unless weight_on_input: the caller's)
 enum class Epilogue : int32_t { plain, activation, activation_backward };
 
-/// Pointers that belong to another kind stay null. Tensors are of the product's dtype unless "acc" or noted.
+/// Pointers that belong to another kind stay null. Tensors are of the product's dtype unless "acc" or noted. No output
+/// may overlap an input or another output.
 struct RowsEpilogue {
   Epilogue kind;
   const int32_t* row_to_slot;  // [S], -1 = padding: weight 0; null: slot r
@@ -80,7 +81,12 @@ struct GroupedRows {
 /// cudaErrorInvalidValue: no kernel takes it.
 cudaError_t grouped_rows(const GroupedRows&, cudaStream_t);
 
-/// Rows of weight_parts that grouped_rows writes for this product on the current device.
+/// The same by hand: a row of kTileRows. cudaErrorInvalidValue where that row refuses the product.
+int choose_row(const GroupedRows&);
+cudaError_t grouped_rows_by(int row, const GroupedRows&, cudaStream_t);
+
+/// Rows of weight_parts that grouped_rows writes for this product, with these pointers, on the current device: at most
+/// ceil(N / kFmaColumns).
 int64_t weight_part_count(const GroupedRows&);
 
 /// out[r, 0 .. N) = 0 for r in [ends[E-1], S); rows of out are `bytes` long.

@@ -35,7 +35,7 @@ template <class T> cudaError_t with_mma(GroupedWgradArgs args, cudaStream_t stre
 }
 
 template <class T, class O> cudaError_t with_fma(const GroupedWgradArgs& args, cudaStream_t stream) {
-  constexpr uint32_t bytes = (2 * kWgradFmaDepth * kWgradFmaWidth + kWgradFmaDepth) * sizeof(acc_t<T>);
+  constexpr uint32_t bytes = 2 * kWgradFmaDepth * kWgradFmaWidth * sizeof(acc_t<T>);
   return launch({grid_of(args, kWgradFmaWidth), dim3(kWgradFmaThreads), bytes}, stream, grouped_wgrad_fma_kernel<T, O>,
                 args);
 }
@@ -50,7 +50,8 @@ bool grouped_wgrad_uses_mma(const GroupedWgradArgs& args) {
   const int64_t out_row = args.out_col == 1 ? args.out_row : args.out_col;
   const uintptr_t all = addresses(args.n_side.data, args.n_side.row_stride, bytes) |
                         addresses(args.k_side.data, args.k_side.row_stride, bytes) |
-                        addresses(args.out, out_row | args.out_expert, out_bytes) | uintptr_t((args.N | args.K) * bytes);
+                        addresses(args.out, out_row | args.out_expert, out_bytes) |
+                        uintptr_t((args.N | args.K) * bytes);
   return all % 16 == 0;
 }
 
