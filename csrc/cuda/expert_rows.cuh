@@ -12,9 +12,7 @@ struct Quotient {
 };
 
 /// The rows of expert e, clamped to [0, S].
-struct RowRange {
-  int32_t begin, end;
-};
+struct RowRange { int32_t begin, end; };
 MOE_DEVICE RowRange rows_of(const int32_t* ends, int64_t e, int64_t S) {
   const int32_t begin = e > 0 ? min(max(ends[e - 1], 0), int32_t(S)) : 0;
   return {begin, max(begin, min(ends[e], int32_t(S)))};
@@ -37,8 +35,7 @@ MOE_DEVICE ActiveExpert active_expert(const int32_t* ends, int64_t E, int64_t S,
     }
     for (; wanted > 0; --wanted) active &= active - 1;
     const int owner = __ffs(int(active)) - 1;
-    return {int32_t(base) + owner, __shfl_sync(kFullWarp, rows.begin, owner),
-            __shfl_sync(kFullWarp, rows.end, owner)};
+    return {int32_t(base) + owner, __shfl_sync(kFullWarp, rows.begin, owner), __shfl_sync(kFullWarp, rows.end, owner)};
   }
   return {-1, 0, 0};
 }

@@ -35,7 +35,7 @@ template <class T> cudaError_t with_mma(GroupedWgradArgs args, cudaStream_t stre
 }
 
 template <class T, class O> cudaError_t with_fma(const GroupedWgradArgs& args, cudaStream_t stream) {
-  constexpr uint32_t bytes = (2 * kWgradFmaDepth * kWgradFmaWidth + kWgradFmaDepth) * sizeof(acc_t<T>);
+  constexpr uint32_t bytes = 2 * kWgradFmaDepth * kWgradFmaWidth * sizeof(acc_t<T>);
   return launch({grid_of(args, kWgradFmaWidth), dim3(kWgradFmaThreads), bytes}, stream, grouped_wgrad_fma_kernel<T, O>,
                 args);
 }
