@@ -188,8 +188,9 @@ class Backward {
 };
 
 /// A few tokens whose first product nobody wants to keep: time is what reading the weights takes.
-constexpr int64_t kDecodeTokens = 64;
-bool decodes(const FusedExpertsArgs& args) { return !args.hidden && args.mlp.T <= kDecodeTokens && decode_takes(args.mlp); }
+bool decodes(const FusedExpertsArgs& args) {
+  return !args.hidden && args.mlp.T <= kFewTokens && decode_takes(args.mlp);
+}
 
 /// act and rows of the forward.
 int64_t act_bytes(const ExpertMlp& p) { return (slots(p) * p.I * dtype_bytes(p.dtype) + 255) / 256 * 256; }
