@@ -41,14 +41,21 @@ inline void queue(const RouteArgs& args, cudaStream_t stream) { succeed("route",
 inline void queue(const RouteBackwardArgs& args, cudaStream_t stream) {
   succeed("route_backward", cuda::route_backward(args, stream));
 }
-inline void queue(const NarrowIdsArgs& args, cudaStream_t stream) { succeed("narrow_ids", cuda::narrow_ids(args, stream)); }
+inline void queue(const NarrowIdsArgs& args, cudaStream_t stream) {
+  succeed("narrow_ids", cuda::narrow_ids(args, stream));
+}
 inline void queue(const PermuteIndexArgs& args, cudaStream_t stream) {
   succeed("permute_index", cuda::permute_index(args, stream));
 }
 inline void queue(const PermuteArgs& args, cudaStream_t stream) { succeed("permute", cuda::permute(args, stream)); }
-inline void queue(const UnpermuteArgs& args, cudaStream_t stream) { succeed("unpermute", cuda::unpermute(args, stream)); }
+inline void queue(const UnpermuteArgs& args, cudaStream_t stream) {
+  succeed("unpermute", cuda::unpermute(args, stream));
+}
 inline void queue(const UnpermuteBackwardArgs& args, cudaStream_t stream) {
   succeed("unpermute_backward", cuda::unpermute_backward(args, stream));
+}
+inline void queue(const GroupedGemmArgs& args, cudaStream_t stream) {
+  succeed("grouped_gemm", cuda::grouped_gemm(args, stream));
 }
 inline void queue(const FusedExpertsArgs& args, cudaStream_t stream) {
   succeed("fused_experts", cuda::fused_experts(args, stream));
