@@ -71,9 +71,9 @@ def _on_gpu(function: Callable[..., Any]) -> Callable[..., Any]:
 
 CUDA = SimpleNamespace(
     name="cuda", device="cuda", route=_on_gpu(mk.route), permute=_on_gpu(mk.permute), unpermute=_on_gpu(mk.unpermute),
-    fused_experts=_on_gpu(mk.fused_experts),
+    grouped_gemm=_on_gpu(mk.grouped_gemm), fused_experts=_on_gpu(mk.fused_experts),
 )  # fmt: skip
-EMULATED = ("test_route", "test_permute", "test_unpermute")  # the stages that have CUDA kernels
+EMULATED = ("test_route", "test_permute", "test_unpermute", "test_grouped_gemm")  # the stages that have CUDA kernels
 # Too many products for the emulator: test_cuda_experts.py takes what it needs of the bodies.
 ON_GPU = (*EMULATED, "test_fused_experts")
 

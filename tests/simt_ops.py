@@ -27,8 +27,8 @@ from moe_kernels import autograd, ops, schemas
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMESPACE = "moe_kernels_simt"
-FORWARDS = ("route", "permute", "unpermute", "fused_experts")
-STAGES = (*FORWARDS, *(f"{stage}_backward" for stage in FORWARDS))
+FORWARDS = ("route", "permute", "unpermute", "grouped_gemm", "fused_experts")
+STAGES = (*FORWARDS, *(f"{stage}_backward" for stage in FORWARDS if f"{stage}_backward" in schemas.SCHEMAS))
 SEED = "MOE_KERNELS_SIMT_SEED"
 
 
@@ -106,5 +106,6 @@ def _on_emulator(function: Callable[..., Any]) -> Callable[..., Any]:
 
 BACKEND = SimpleNamespace(
     name="simt", device="cpu", route=_on_emulator(mk.route), permute=_on_emulator(mk.permute),
-    unpermute=_on_emulator(mk.unpermute), fused_experts=_on_emulator(mk.fused_experts),
+    unpermute=_on_emulator(mk.unpermute), grouped_gemm=_on_emulator(mk.grouped_gemm),
+    fused_experts=_on_emulator(mk.fused_experts),
 )  # fmt: skip

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The stages on CPU tensors. For ops.cpp and expert_ops.cpp.
+// The stages on CPU tensors. For ops.cpp, gemm_ops.cpp and expert_ops.cpp.
 #pragma once
 #include "tensors.h"
 
@@ -31,6 +31,11 @@ inline void run(const Tensor&, const PermuteIndexArgs& args) { cpu::permute_inde
 inline void run(const Tensor&, const PermuteArgs& args) { cpu::permute(args, torch_workers()); }
 inline void run(const Tensor&, const UnpermuteArgs& args) { cpu::unpermute(args, torch_workers()); }
 inline void run(const Tensor&, const UnpermuteBackwardArgs& args) { cpu::unpermute_backward(args, torch_workers()); }
+inline void run(const Tensor& a, GroupedGemmArgs& args) {
+  const Workers workers = torch_workers();
+  const Tensor space = workspace(a, cpu::grouped_gemm_workspace_bytes, args, workers);
+  cpu::grouped_gemm(args, workers);
+}
 inline void run(const Tensor& x, FusedExpertsArgs& args) {
   const Workers workers = torch_workers();
   const Tensor space = workspace(x, cpu::fused_experts_workspace_bytes, args, workers);

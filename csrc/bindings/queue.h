@@ -54,6 +54,9 @@ inline void queue(const UnpermuteArgs& args, cudaStream_t stream) {
 inline void queue(const UnpermuteBackwardArgs& args, cudaStream_t stream) {
   succeed("unpermute_backward", cuda::unpermute_backward(args, stream));
 }
+inline void queue(const GroupedGemmArgs& args, cudaStream_t stream) {
+  succeed("grouped_gemm", cuda::grouped_gemm(args, stream));
+}
 inline void queue(const FusedExpertsArgs& args, cudaStream_t stream) {
   succeed("fused_experts", cuda::fused_experts(args, stream));
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The CUDA stages on CPU tensors, by the emulator. Every buffer of a call is registered with its exact extent, so that
-// an access beside it is a fault; what a kernel has to write counts as never written. For ops.cpp and
-// expert_ops.cpp under MOE_SIMT.
+// an access beside it is a fault; what a kernel has to write counts as never written. For ops.cpp,
+// gemm_ops.cpp and expert_ops.cpp under MOE_SIMT.
 #pragma once
 #include <deque>
 
@@ -74,6 +74,17 @@ inline void declare(Buffers& buffers, const Tensor&, const UnpermuteBackwardArgs
 
 inline int64_t extent(const Weight& w, int64_t E, int64_t n, int64_t k, int64_t bytes) {
   return ((E - 1) * w.expert_stride + (n - 1) * w.row_stride + (k - 1) * w.col_stride + 1) * bytes;
+}
+inline void declare(Buffers& buffers, const Tensor&, const GroupedGemmArgs& a) {
+  const int64_t bytes = dtype_bytes(a.dtype), groups = a.grouped == Grouped::none ? a.G : 1;
+  const int64_t outputs = a.grouped == Grouped::rows ? 1 : a.G, out = outputs * a.M * a.N * dtype_bytes(a.out_dtype);
+  if (a.M * a.K > 0)
+    buffers.in("a", a.a, ((groups - 1) * a.a_group + (a.M - 1) * a.a_row + (a.K - 1) * a.a_col + 1) * bytes);
+  const int64_t weights = a.grouped == Grouped::contraction ? 1 : a.G;
+  if (weights * a.N * a.K > 0) buffers.in("b", a.b.data, extent(a.b, weights, a.N, a.K, bytes));
+  buffers.in("offs", a.offs, a.G * 4), buffers.in("bias", a.bias, a.G * a.N * bytes);
+  if (a.bias && a.grouped == Grouped::contraction) buffers.in("out", a.out, out);  // holds the bias
+  else buffers.out("out", a.out, out);
 }
 inline void declare(Buffers& buffers, const ExpertMlp& p) {
   const int64_t bytes = dtype_bytes(p.dtype), of_weight = dtype_bytes(p.weight_dtype), acc = acc_bytes(p.dtype);

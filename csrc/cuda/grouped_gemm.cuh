@@ -147,7 +147,7 @@ template <class S> struct RowCopies {
       if (r >= tile.end) return nullptr;
       if (g.gather) {
         const int32_t slot = g.gather[r];
-        return slot < 0 ? nullptr : base + slot / g.per_token * bytes;
+        return slot < 0 ? nullptr : base + slot / int32_t(g.per_token) * bytes;
       }
       if (g.ends) return base + r * bytes;
       return base + tile.expert * g.a_expert * int64_t(sizeof(T)) + (r - tile.expert_row) * bytes;
