@@ -70,9 +70,12 @@ def _on_gpu(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 CUDA = SimpleNamespace(
-    name="cuda", route=_on_gpu(mk.route), permute=_on_gpu(mk.permute), unpermute=_on_gpu(mk.unpermute), device="cuda"
-)
+    name="cuda", device="cuda", route=_on_gpu(mk.route), permute=_on_gpu(mk.permute), unpermute=_on_gpu(mk.unpermute),
+    fused_experts=_on_gpu(mk.fused_experts),
+)  # fmt: skip
 EMULATED = ("test_route", "test_permute", "test_unpermute")  # the stages that have CUDA kernels
+# Too many products for the emulator: test_cuda_experts.py takes what it needs of the bodies.
+ON_GPU = (*EMULATED, "test_fused_experts")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -82,7 +85,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     backends = [REFERENCE, CPU]
     if metafunc.module.__name__ in EMULATED:
-        backends += [simt_ops.BACKEND, *([CUDA] if torch.cuda.is_available() else [])]
+        backends.append(simt_ops.BACKEND)
+    if metafunc.module.__name__ in ON_GPU and torch.cuda.is_available():
+        backends.append(CUDA)
     metafunc.parametrize("backend", backends, ids=lambda backend: backend.name, indirect=True)
 
 

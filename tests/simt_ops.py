@@ -27,7 +27,8 @@ from moe_kernels import autograd, ops, schemas
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMESPACE = "moe_kernels_simt"
-STAGES = ("route", "route_backward", "permute", "permute_backward", "unpermute", "unpermute_backward")
+FORWARDS = ("route", "permute", "unpermute", "fused_experts")
+STAGES = (*FORWARDS, *(f"{stage}_backward" for stage in FORWARDS))
 SEED = "MOE_KERNELS_SIMT_SEED"
 
 
@@ -42,7 +43,7 @@ def library() -> CDLL:
     for name in STAGES:
         _DEFINITIONS.define(name + schemas.SCHEMAS[name])
     torch.ops.load_library(path)
-    autograd.install(NAMESPACE, ("route", "permute", "unpermute"))
+    autograd.install(NAMESPACE, FORWARDS)
     return CDLL(path)
 
 
@@ -82,21 +83,28 @@ def next_seed() -> int:
     return next(_seeds)
 
 
-def _on_emulator(function: Callable[..., Any], stage: str) -> Callable[..., Any]:
-    """`function` of moe_kernels.ops with the stage's op replaced. Every call takes the next seed: its schedule."""
+@contextmanager
+def patched() -> Iterator[None]:
+    """The public ops run on the emulator inside, for layers and models that call them. Every use takes the next seed."""
+    library()
+    os.environ[SEED] = str(next_seed())
+    found = getattr(torch.ops, NAMESPACE)
+    with mock.patch.multiple(ops, **{f"_{stage.upper()}": getattr(found, stage).default for stage in FORWARDS}):
+        yield
+
+
+def _on_emulator(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` of moe_kernels.ops on the emulator."""
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        library()
-        os.environ[SEED] = str(next_seed())
-        op = getattr(torch.ops, NAMESPACE)
-        with mock.patch.object(ops, f"_{stage.upper()}", getattr(op, stage).default):
+        with patched():
             return function(*args, **kwargs)
 
     return run
 
 
 BACKEND = SimpleNamespace(
-    name="simt", device="cpu", route=_on_emulator(mk.route, "route"), permute=_on_emulator(mk.permute, "permute"),
-    unpermute=_on_emulator(mk.unpermute, "unpermute"),
+    name="simt", device="cpu", route=_on_emulator(mk.route), permute=_on_emulator(mk.permute),
+    unpermute=_on_emulator(mk.unpermute), fused_experts=_on_emulator(mk.fused_experts),
 )  # fmt: skip

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The CUDA stages on CPU tensors, by the emulator. Every buffer of a call is registered with its exact extent, so that
-// an access beside it is a fault; what a kernel has to write counts as never written. For ops.cpp under MOE_SIMT.
+// an access beside it is a fault; what a kernel has to write counts as never written. For ops.cpp and
+// expert_ops.cpp under MOE_SIMT.
 #pragma once
 #include <deque>
 
@@ -24,51 +25,87 @@ class Buffers {
   std::deque<simt::Registered> buffers_;
 };
 
-int64_t extent(int64_t rows, int64_t columns, int64_t stride, int64_t bytes) {  // of a matrix with strided rows
+inline int64_t extent(int64_t rows, int64_t columns, int64_t stride, int64_t bytes) {  // of a matrix with strided rows
   return rows > 0 ? ((rows - 1) * stride + columns) * bytes : 0;
 }
-int64_t acc_bytes(DType t) { return t == DType::f64 ? 8 : 4; }
+inline int64_t acc_bytes(DType t) { return t == DType::f64 ? 8 : 4; }
 
-void declare(Buffers& buffers, const Tensor&, const RouteArgs& a) {
+inline void declare(Buffers& buffers, const Tensor&, const RouteArgs& a) {
   const int64_t acc = acc_bytes(a.dtype);
   buffers.in("logits", a.logits, extent(a.T, a.E, a.logits_stride, dtype_bytes(a.dtype)));
   buffers.in("correction_bias", a.correction_bias, a.E * acc), buffers.in("padding_mask", a.padding_mask, a.T);
   buffers.out("topk_weights", a.topk_weights, a.T * a.K * acc), buffers.out("topk_ids", a.topk_ids, a.T * a.K * 4);
   buffers.out("tokens_per_expert", a.tokens_per_expert, a.E * 4), buffers.out("lse", a.lse, a.T * acc);
 }
-void declare(Buffers& buffers, const Tensor&, const RouteBackwardArgs& a) {
+inline void declare(Buffers& buffers, const Tensor&, const RouteBackwardArgs& a) {
   const int64_t acc = acc_bytes(a.dtype), S = a.T * a.K;
   buffers.in("grad_weights", a.grad_weights, S * acc), buffers.in("grad_lse", a.grad_lse, a.T * acc);
   buffers.in("logits", a.logits, extent(a.T, a.E, a.logits_stride, dtype_bytes(a.dtype)));
   buffers.in("topk_ids", a.topk_ids, S * 4), buffers.in("topk_weights", a.topk_weights, S * acc);
   buffers.out("grad_logits", a.grad_logits, a.T * a.E * dtype_bytes(a.dtype));
 }
-void declare(Buffers& buffers, const Tensor&, const NarrowIdsArgs& a) {
+inline void declare(Buffers& buffers, const Tensor&, const NarrowIdsArgs& a) {
   buffers.in("topk_ids", a.topk_ids, a.S * (a.ids64 ? 8 : 4));
   buffers.in("expert_map", a.expert_map, a.map_size * (a.map64 ? 8 : 4)), buffers.out("narrow", a.narrow, a.S * 4);
 }
-void declare(Buffers& buffers, const Tensor&, const PermuteIndexArgs& a) {
+inline void declare(Buffers& buffers, const Tensor&, const PermuteIndexArgs& a) {
   buffers.in("topk_ids", a.topk_ids, a.S * 4), buffers.out("expert_offsets", a.expert_offsets, (a.E + 1) * 4);
   buffers.out("row_to_slot", a.row_to_slot, a.P * 4), buffers.out("slot_to_row", a.slot_to_row, a.S * 4);
   buffers.out("workspace", a.workspace, device_bytes(a));
 }
-void declare(Buffers& buffers, const Tensor& x, const PermuteArgs& a) {
+inline void declare(Buffers& buffers, const Tensor& x, const PermuteArgs& a) {
   const int64_t bytes = dtype_bytes(a.dtype);
   buffers.in("x", a.x, extent(x.size(0), a.H, a.x_stride, bytes));
   buffers.in("row_to_slot", a.row_to_slot, a.P * 4), buffers.out("x_rows", a.x_rows, a.P * a.H * bytes);
 }
-void declare(Buffers& buffers, const Tensor&, const UnpermuteArgs& a) {
+inline void declare(Buffers& buffers, const Tensor&, const UnpermuteArgs& a) {
   const int64_t bytes = dtype_bytes(a.dtype), S = a.T * a.K;
   buffers.in("rows", a.rows, extent(a.P, a.H, a.rows_stride, bytes));
   buffers.in("slot_to_row", a.slot_to_row, S * 4), buffers.in("topk_weights", a.topk_weights, S * acc_bytes(a.dtype));
   buffers.out("y", a.y, a.T * a.H * bytes);
 }
-void declare(Buffers& buffers, const Tensor&, const UnpermuteBackwardArgs& a) {
+inline void declare(Buffers& buffers, const Tensor&, const UnpermuteBackwardArgs& a) {
   const int64_t bytes = dtype_bytes(a.dtype), S = a.T * a.K, acc = acc_bytes(a.dtype);
   buffers.in("grad_y", a.grad_y, extent(a.T, a.H, a.grad_y_stride, bytes));
   buffers.in("rows", a.rows, extent(a.P, a.H, a.rows_stride, bytes)), buffers.in("slot_to_row", a.slot_to_row, S * 4);
   buffers.in("topk_weights", a.topk_weights, S * acc), buffers.out("grad_rows", a.grad_rows, a.P * a.H * bytes);
   buffers.out("grad_weights", a.grad_weights, S * acc), buffers.out("workspace", a.workspace, device_bytes(a));
+}
+
+inline int64_t extent(const Weight& w, int64_t E, int64_t n, int64_t k, int64_t bytes) {
+  return ((E - 1) * w.expert_stride + (n - 1) * w.row_stride + (k - 1) * w.col_stride + 1) * bytes;
+}
+inline void declare(Buffers& buffers, const ExpertMlp& p) {
+  const int64_t bytes = dtype_bytes(p.dtype), of_weight = dtype_bytes(p.weight_dtype), acc = acc_bytes(p.dtype);
+  const int64_t S = p.T * p.K, rows = p.gated ? 2 * p.I : p.I;
+  buffers.in("x", p.x, extent(p.T, p.H, p.x_stride, bytes));
+  buffers.in("w13", p.w13.data, extent(p.w13, p.E, rows, p.H, of_weight));
+  buffers.in("w2", p.w2.data, extent(p.w2, p.E, p.H, p.I, of_weight));
+  buffers.in("w13_bias", p.w13_bias, p.E * rows * of_weight), buffers.in("w2_bias", p.w2_bias, p.E * p.H * of_weight);
+  buffers.in("topk_weights", p.topk_weights, S * acc), buffers.in("hidden_mask", p.hidden_mask, S * p.I * acc);
+  buffers.in("row_to_slot", p.row_to_slot, S * 4), buffers.in("slot_to_row", p.slot_to_row, S * 4);
+  buffers.in("expert_offsets", p.expert_offsets, (p.E + 1) * 4);
+}
+inline void declare(Buffers& buffers, const Tensor&, const FusedExpertsArgs& a) {
+  const ExpertMlp& p = a.mlp;
+  const int64_t bytes = dtype_bytes(p.dtype);
+  declare(buffers, p);
+  buffers.out("hidden", a.hidden, p.T * p.K * (p.gated ? 2 * p.I : p.I) * bytes);
+  buffers.out("y", a.y, p.T * p.H * bytes), buffers.out("workspace", a.workspace, device_bytes(a));
+}
+inline void declare(Buffers& buffers, const Tensor&, const FusedExpertsBackwardArgs& a) {
+  const ExpertMlp& p = a.mlp;
+  const int64_t bytes = dtype_bytes(p.dtype), of_weight = dtype_bytes(p.weight_dtype), S = p.T * p.K;
+  const int64_t rows = p.gated ? 2 * p.I : p.I;
+  declare(buffers, p);
+  buffers.in("grad_y", a.grad_y, extent(p.T, p.H, a.grad_y_stride, bytes));
+  buffers.in("hidden", a.hidden, S * rows * bytes), buffers.out("grad_x", a.grad_x, p.T * p.H * bytes);
+  buffers.out("grad_w13", a.grad_w13, p.E * rows * p.H * of_weight);
+  buffers.out("grad_w2", a.grad_w2, p.E * p.H * p.I * of_weight);
+  buffers.in("grad_topk_weights", a.grad_topk_weights, S * acc_bytes(p.dtype));  // zeroed by the binding
+  buffers.out("grad_w13_bias", a.grad_w13_bias, p.E * rows * of_weight);
+  buffers.out("grad_w2_bias", a.grad_w2_bias, p.E * p.H * of_weight);
+  buffers.out("workspace", a.workspace, device_bytes(a));
 }
 
 template <class Args> void run(const Tensor& like, Args&& args) {

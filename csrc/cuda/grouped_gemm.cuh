@@ -15,27 +15,16 @@
 #pragma once
 #include "grouped_epilogue.cuh"
 #include "grouped_gemm_config.h"
+#include "mma_tile.cuh"
 #include "tile_scheduler.cuh"
 
 namespace moe::cuda {
 
-/// The instruction and its step: 32 bytes of the sum, 16 elements or 8.
-template <class T> struct Mma;
-template <> struct Mma<bf16> {
-  static MOE_DEVICE void product(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    mma_m16n8k16_bf16(d, a, b);
-  }
-};
-template <> struct Mma<f16> {
-  static MOE_DEVICE void product(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    mma_m16n8k16_f16(d, a, b);
-  }
-};
-template <> struct Mma<float> {
-  static MOE_DEVICE void product(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    mma_m16n8k8_tf32(d, a, b);
-  }
-};
+/// The instruction of a step: 32 bytes of the sum, 16 elements or 8.
+template <class T> MOE_DEVICE void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  if constexpr (sizeof(T) == 2) mma_m16n8k16<T>(d, a, b);
+  else mma_m16n8k8_tf32(d, a, b);
+}
 
 /// Everything about a kernel that its table row and its element type decide.
 template <class T_, int kRow> struct Tile {
@@ -64,24 +53,25 @@ template <class T, int kColumns> MOE_DEVICE uint32_t along_columns(int k, int ch
   return uint32_t(k * kColumns * int(sizeof(T)) + (chunk ^ turn) * 16);
 }
 
-/// The column of D (row of w13) that column `b` of the tile stands for, -1 where there is none. Without interleaving a
-/// warp's columns are as many gates and then the ups of the same units.
+/// The column of D (row of w13) that column `b` of the tile stands for; past the last one any: those are not stored.
+/// Without interleaving a warp's columns are as many gates and then the ups of the same units.
 template <class S> MOE_DEVICE int64_t column_of(const GroupedRows& g, const OutputTile& tile, int b) {
   const RowsEpilogue& p = g.epilogue;
   if (p.kind != Epilogue::activation || !p.gated || p.interleaved) {
     const int64_t n = int64_t(tile.column_tile) * S::columns + b;
-    return n < g.N ? n : -1;
+    return n < g.N ? n : 0;
   }
   constexpr int half = S::warp_columns / 2;
   const int64_t I = g.N / 2;
   const int64_t unit = int64_t(tile.column_tile) * (S::columns / 2) + b / S::warp_columns * half + b % half;
-  return unit < I ? b % S::warp_columns / half * I + unit : -1;
+  return (unit < I ? unit : 0) + (b % S::warp_columns < half ? 0 : I);
 }
 
 // ---------------------------------------------------------------- copies into a stage
 
-/// What a thread copies of a tile of rows along the sum: one chunk of every kStep-th row.
-template <class S, int kRows> struct SumCopies {
+/// What a thread copies of a tile of rows along the sum: one chunk of every step-th row. kTail: some rows may not be
+/// there; their address is null and they count as zeros.
+template <class S, int kRows, bool kTail> struct SumCopies {
   static constexpr int chunks = S::slice / 16, step = S::threads / chunks, count = kRows / step;
   static_assert(count * step == kRows && step % 8 == 0);
   const unsigned char* from[count];
@@ -89,7 +79,6 @@ template <class S, int kRows> struct SumCopies {
   uint32_t to;    // of the first
   int at, end;    // bytes of the sum: where this chunk is, and all
 
-  /// `row` gives the address of a row of the tile, or null.
   template <class Row> MOE_DEVICE void start(int64_t K, Row row) {
     const int first = int(threadIdx.x) / chunks, chunk = int(threadIdx.x) % chunks;
     to = along_sum<S::slice>(first, chunk);
@@ -102,10 +91,11 @@ template <class S, int kRows> struct SumCopies {
     }
   }
   MOE_DEVICE void copy(uint32_t stage) {
-    const uint32_t there = at < end ? rows : 0;
+    const uint32_t there = at < end ? rows : 0, bytes = at < end ? 16 : 0;
 #pragma unroll
     for (int i = 0; i < count; ++i) {
-      cp_async_cg_16(stage + to + uint32_t(i * step * S::slice), from[i], there >> i & 1 ? 16 : 0);
+      const uint32_t read = !kTail ? bytes : there >> i & 1 ? 16 : 0;
+      cp_async_cg_16(stage + to + uint32_t(i * step * S::slice), from[i], read);
       from[i] += S::slice;
     }
     at += S::slice;
@@ -121,25 +111,25 @@ template <class S> struct ColumnCopies {
   const unsigned char* from;
   int64_t stride;  // bytes from one of its chunks to the next
   uint32_t to;
-  int k, end;
+  int left;  // k from its first chunk to the end
 
   MOE_DEVICE void start(const GroupedRows& g, const OutputTile& tile) {
     const int chunk = int(threadIdx.x) % chunks;
-    k = int(threadIdx.x) / chunks;
+    const int k = int(threadIdx.x) / chunks;
     to = along_columns<T, S::columns>(k, chunk);
     const int64_t n = column_of<S>(g, tile, chunk * (16 / int(sizeof(T))));
-    end = n < 0 ? 0 : int(g.K);
+    left = int(g.K) - k;
     from = static_cast<const unsigned char*>(g.b.data) +
-           (tile.expert * g.b.expert_stride + k * g.b.col_stride + (n < 0 ? 0 : n)) * int64_t(sizeof(T));
+           (tile.expert * g.b.expert_stride + k * g.b.col_stride + n) * int64_t(sizeof(T));
     stride = step * g.b.col_stride * int64_t(sizeof(T));
   }
   MOE_DEVICE void copy(uint32_t stage) {
 #pragma unroll
     for (int i = 0; i < count; ++i) {
-      cp_async_cg_16(stage + to + uint32_t(i * step * row_bytes), from, k + i * step < end ? 16 : 0);
+      cp_async_cg_16(stage + to + uint32_t(i * step * row_bytes), from, i * step < left ? 16 : 0);
       from += stride;
     }
-    k += S::elements;
+    left -= S::elements;
   }
 };
 
@@ -147,7 +137,7 @@ template <class S> struct ColumnCopies {
 template <class S, bool kAlongColumns> struct Copies;
 template <class S> struct RowCopies {
   using T = typename S::T;
-  SumCopies<S, S::rows> a;
+  SumCopies<S, S::rows, true> a;
 
   MOE_DEVICE void start(const GroupedRows& g, const OutputTile& tile) {
     const auto* base = static_cast<const unsigned char*>(g.a);
@@ -165,14 +155,13 @@ template <class S> struct RowCopies {
   }
 };
 template <class S> struct Copies<S, false> : RowCopies<S> {
-  SumCopies<S, S::columns> b;
+  SumCopies<S, S::columns, false> b;
 
   MOE_DEVICE void start(const GroupedRows& g, const OutputTile& tile) {
     RowCopies<S>::start(g, tile);
     const auto* base = static_cast<const typename S::T*>(g.b.data) + tile.expert * g.b.expert_stride;
     b.start(g.K, [&](int i) -> const unsigned char* {
-      const int64_t n = column_of<S>(g, tile, i);
-      return n < 0 ? nullptr : reinterpret_cast<const unsigned char*>(base + n * g.b.row_stride);
+      return reinterpret_cast<const unsigned char*>(base + column_of<S>(g, tile, i) * g.b.row_stride);
     });
   }
 };
@@ -244,16 +233,15 @@ template <class S, bool kAlongColumns> struct Reader {
     else ldmatrix_x4(four, from);
     to.b[n][0] = four[0], to.b[n][1] = four[1], to.b[n + 1][0] = four[2], to.b[n + 1][1] = four[3];
   }
-  /// To the nearest tf32; the tensor core itself would cut the last 13 bits off.
   static MOE_DEVICE void round(Operands<S>& x) {
 #pragma unroll
     for (int m = 0; m < S::m16; ++m)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) x.a[m][i] = cvt_rna_tf32_f32(__uint_as_float(x.a[m][i]));
+      for (int i = 0; i < 4; ++i) x.a[m][i] = tf32_of(x.a[m][i]);
 #pragma unroll
     for (int n = 0; n < S::n8; ++n)
 #pragma unroll
-      for (int i = 0; i < 2; ++i) x.b[n][i] = cvt_rna_tf32_f32(__uint_as_float(x.b[n][i]));
+      for (int i = 0; i < 2; ++i) x.b[n][i] = tf32_of(x.b[n][i]);
   }
 };
 
@@ -265,7 +253,7 @@ template <class S> MOE_DEVICE void multiply_step(const Operands<S>& x, Sums<S>& 
 #pragma unroll
   for (int m = 0; m < S::m16; ++m)
 #pragma unroll
-    for (int n = 0; n < S::n8; ++n) Mma<typename S::T>::product(sum[m][n], x.a[m], x.b[n]);
+    for (int n = 0; n < S::n8; ++n) multiply_add<typename S::T>(sum[m][n], x.a[m], x.b[n]);
 }
 
 template <class S, bool kAlongColumns> MOE_DEVICE void multiply(const GroupedRows& g, const OutputTile& tile,

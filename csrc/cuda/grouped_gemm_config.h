@@ -30,7 +30,7 @@ struct TileRow {
 
 constexpr TileRow kTileRows[] = {
     {"mma 128x256", 128, 256, 64, 4, 2, 4, false},
-    {"mma 128x128", 128, 128, 64, 3, 2, 2, false},
+    {"mma 128x128", 128, 128, 64, 3, 2, 2, true},
     {"mma 64x128", 64, 128, 64, 4, 2, 2, true},
     {"mma 16x128", 16, 128, 128, 4, 1, 4, true},
     {"fma", 32, 32, 0, 1, 1, 1, false},  // grouped_fma.cu: multiply-adds, takes everything

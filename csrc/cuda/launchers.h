@@ -19,5 +19,9 @@ cudaError_t permute(const PermuteArgs&, cudaStream_t);
 cudaError_t unpermute(const UnpermuteArgs&, cudaStream_t);
 int64_t unpermute_backward_workspace_bytes(int64_t P);
 cudaError_t unpermute_backward(const UnpermuteBackwardArgs&, cudaStream_t);
+int64_t fused_experts_workspace_bytes(const FusedExpertsArgs&);
+cudaError_t fused_experts(const FusedExpertsArgs&, cudaStream_t);
+int64_t fused_experts_backward_workspace_bytes(const FusedExpertsBackwardArgs&);
+cudaError_t fused_experts_backward(const FusedExpertsBackwardArgs&, cudaStream_t);
 
 }  // namespace moe::cuda

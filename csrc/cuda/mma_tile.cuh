@@ -22,4 +22,11 @@ template <class T> MOE_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&
   else mma_m16n8k16_f16(d, a, b);
 }
 
+/// To the nearest tf32, ties away from zero, as cvt.rna.tf32 but in two instructions: half a unit of the tenth bit is
+/// added, the tensor core cuts off what is behind that bit. NaN and infinity stay what they are.
+MOE_DEVICE uint32_t tf32_of(uint32_t bits) {
+  const float power = __uint_as_float(bits & 0xff800000u);  // of two, the largest in the number; or infinity
+  return __float_as_uint(__fmaf_rn(power, 0x1p-11f, __uint_as_float(bits)));
+}
+
 }  // namespace moe::cuda
