@@ -140,6 +140,7 @@ def test_the_token_of_a_slot(per_token):
     """The kernel divides by a multiplication: exact for every slot below 2^31."""
     Case((9, 30), 16, 8, torch.bfloat16, gather="nk", per_token=per_token).compare(mma=True)
     multiplier, shift = quotient(per_token)
+    assert multiplier < 2**32
     g = torch.Generator().manual_seed(per_token)
     slots = torch.randint(0, 2**31, (2000,), generator=g).tolist() + [0, 2**31 - 1]
     slots += [n for q in (1, 2, 1000, (2**31 - 1) // per_token) for n in (q * per_token - 1, q * per_token)]

@@ -5,10 +5,10 @@
 
 namespace moe::cuda {
 
-/// n / d of numbers below 2^31: one product.
+/// n / d of numbers below 2^31, by a multiplication.
 struct Quotient {
   uint32_t multiplier, shift;
-  MOE_DEVICE int32_t operator()(int32_t n) const { return int32_t(uint64_t(uint32_t(n)) * multiplier >> shift); }
+  MOE_DEVICE uint32_t operator()(int32_t n) const { return __umulhi(uint32_t(n) * 2, multiplier) >> shift; }
 };
 
 /// The rows of expert e, clamped to [0, S].

@@ -36,14 +36,18 @@ template <class T> struct WgradTile {
 template <class T> struct WgradCopy {
   using Tile = WgradTile<T>;
   const unsigned char* column;
-  int64_t stride;  // bytes
+  uint32_t stride;  // bytes
   const int32_t* gather;
+  bool gathered;
   Quotient token;
   uint32_t read, to;            // bytes of a chunk: 0 past the width | offset in a stage
   int32_t rows[Tile::kCopies];  // of the next stage: what gather says, -1 past the end
 
   MOE_DEVICE WgradCopy(const WgradSide& side, Quotient quotient, int64_t first, int64_t width, uint32_t part)
-      : stride(side.row_stride * int64_t(sizeof(T))), gather(side.gather), token(quotient) {
+      : stride(uint32_t(side.row_stride * int64_t(sizeof(T)))),
+        gather(side.gather),
+        gathered(side.gather),
+        token(quotient) {
     const int chunk = threadIdx.x % Tile::kChunks;
     const int64_t at = first + chunk * kVector<T>;
     read = at < width ? kChunk : 0;
@@ -55,14 +59,15 @@ template <class T> struct WgradCopy {
     r += threadIdx.x / Tile::kChunks;
 #pragma unroll
     for (int i = 0; i < Tile::kCopies; ++i, r += Tile::kRowsAtOnce)
-      rows[i] = r < end ? (gather ? __ldg(gather + r) : r) : -1;
+      if (r >= end) rows[i] = -1;
+      else rows[i] = gathered ? __ldg(gather + r) : r;
   }
   MOE_DEVICE void start(uint32_t stage) const {
 #pragma unroll
     for (int i = 0; i < Tile::kCopies; ++i) {
-      const bool there = rows[i] >= 0;
+      // An address with nothing to read at it may be anything.
       cp_async_cg_16(stage + to + i * Tile::kRowsAtOnce * Tile::kChunks * kChunk,
-                     column + (there ? token(rows[i]) * stride : 0), there ? read : 0);
+                     column + uint64_t(token(rows[i])) * stride, rows[i] >= 0 ? read : 0);
     }
   }
 };
@@ -107,11 +112,11 @@ template <class T, bool Weighted> struct WgradLoads {
 #pragma unroll
       for (int v = 0; v < 16; ++v) {  // value v % 4 of fragment v / 4: 8 columns and 4 rows further
         const float value = word((left ^ (v / 4 % 2 * 64 + v % 2 * 32)) + v / 8 * 128, v / 2 % 2 * 4);
-        f.left[v / 4][v % 4] = cvt_rna_tf32_f32(Weighted ? value * w[v / 2 % 2] : value);
+        f.left[v / 4][v % 4] = tf32_of(__float_as_uint(Weighted ? value * w[v / 2 % 2] : value));
       }
 #pragma unroll
       for (int v = 0; v < 16; ++v)
-        f.right[v / 2][v % 2] = cvt_rna_tf32_f32(word((right ^ (v / 2 % 4 * 32)) + v / 8 * 128, v % 2 * 4));
+        f.right[v / 2][v % 2] = tf32_of(__float_as_uint(word((right ^ (v / 2 % 4 * 32)) + v / 8 * 128, v % 2 * 4)));
     } else {
       const uint32_t base = stage + k * 16 * row_bytes;
 #pragma unroll
