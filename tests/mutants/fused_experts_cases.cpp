@@ -26,25 +26,31 @@ struct Shape {
   bool gated, interleaved, weight_on_input, transposed, crowded;  // crowded: all but a few slots go to expert 0
 };
 
-/// The index maps of a counting sort, and every tensor of the layer.
-template <class T> struct Layer {
-  using A = acc_t<T>;
-  Shape s;
-  std::vector<int32_t> row_to_slot_, slot_to_row_, offsets_;
-  size_t rows13;
+/// The index maps of a counting sort.
+struct Maps {
+  std::vector<int32_t> row_to_slot, slot_to_row, offsets;
 
-  explicit Layer(const Shape& shape)
-      : s(shape), row_to_slot_(slots(), -1), slot_to_row_(slots(), -1), rows13(size_t(s.gated ? 2 : 1) * s.I) {
-    std::vector<int32_t> of = ids(slots(), s.E, 5);
+  explicit Maps(const Shape& s) : row_to_slot(size_t(s.T) * s.K, -1), slot_to_row(size_t(s.T) * s.K, -1) {
+    std::vector<int32_t> of = ids(row_to_slot.size(), s.E, 5);
     for (size_t i = 0; s.crowded && i < of.size(); ++i) of[i] = i % 9 == 4 ? -1 : i % 7 == 3 ? 1 : 0;
     int32_t row = 0;
     for (int e = 0; e < s.E; ++e) {
-      offsets_.push_back(row);
-      for (size_t slot = 0; slot < slots(); ++slot)
-        if (of[slot] == e) row_to_slot_[size_t(row)] = int32_t(slot), slot_to_row_[slot] = row++;
+      offsets.push_back(row);
+      for (size_t slot = 0; slot < of.size(); ++slot)
+        if (of[slot] == e) row_to_slot[size_t(row)] = int32_t(slot), slot_to_row[slot] = row++;
     }
-    offsets_.push_back(row);
+    offsets.push_back(row);
   }
+};
+
+/// Every tensor of the layer.
+template <class T> struct Layer {
+  using A = acc_t<T>;
+  Shape s;
+  Maps maps;
+  size_t rows13;
+
+  explicit Layer(const Shape& shape) : s(shape), maps(shape), rows13(size_t(s.gated ? 2 : 1) * s.I) {}
   size_t slots() const { return size_t(s.T) * s.K; }
   size_t in(size_t rows) const { return rows * s.H; }
 
@@ -52,7 +58,7 @@ template <class T> struct Layer {
   test::Device<T> w2{numbers<T>(size_t(s.E) * in(size_t(s.I)), 3)}, b13{numbers<T>(size_t(s.E) * rows13, 4)};
   test::Device<T> b2{numbers<T>(in(size_t(s.E)), 5)}, grad_y{numbers<T>(in(size_t(s.T)), 6)};
   test::Device<A> weights{numbers<A>(slots(), 7)}, mask{numbers<A>(slots() * s.I, 8)};
-  test::Device<int32_t> row_to_slot{row_to_slot_}, slot_to_row{slot_to_row_}, offsets{offsets_};
+  test::Device<int32_t> row_to_slot{maps.row_to_slot}, slot_to_row{maps.slot_to_row}, offsets{maps.offsets};
 
   Weight weight(test::Device<T>& w, int64_t n, int64_t k) {
     return s.transposed ? Weight{raw(w), n * k, 1, n, 0, false} : Weight{raw(w), n * k, k, 1, 0, false};
