@@ -69,9 +69,9 @@ def forward(case):
     return SIMT.fused_experts(*args, **case.options())
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("T", [4, 65])  # decode's and, past its tokens, the grouped products
+@pytest.mark.parametrize(("T", "option"), [*((4, option) for option in OPTIONS), (65, "plain"), (65, "on_input")])
 def test_inference(T, option):
+    """4 tokens are decode's; 65 are too many for it."""
     case = make_case(T, 24, 16, 4, 2, dtype=torch.bfloat16, **OPTIONS[option])
     check(forward(case), *expert_layer(case, slots_stored=True)["y"], "y")
 
