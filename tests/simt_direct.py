@@ -40,7 +40,10 @@ _TYPES: dict[str, Any] = {
 
 def _struct(name: str) -> type[ctypes.Structure]:
     """The struct `name` of moe.h or a launcher's header, its members in order."""
-    for header in (CUDA.parent / "moe.h", *(CUDA / f"{name}.h" for name in ("grouped_wgrad", "decode", "grouped_gemm"))):
+    for header in (
+        CUDA.parent / "moe.h",
+        *(CUDA / f"{name}.h" for name in ("grouped_wgrad", "decode", "grouped_gemm")),
+    ):
         text = re.sub(r"//.*", "", header.read_text())
         if found := re.search(rf"^struct {name} {{(.*?)^}};", text, re.M | re.S):
             break

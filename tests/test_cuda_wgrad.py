@@ -36,15 +36,15 @@ class Case:
         self.slots = torch.randint(0, tokens * per_token, (self.S,), generator=g).int()
         if padding:
             self.slots[torch.rand(self.S, generator=g) < 0.3] = -1
-        self.slots[sum(counts):] = 2**30  # never looked up
-        self.weights = (torch.rand(tokens * per_token, generator=g, dtype=torch.float64) if weighted else None)
+        self.slots[sum(counts) :] = 2**30  # never looked up
+        self.weights = torch.rand(tokens * per_token, generator=g, dtype=torch.float64) if weighted else None
         self.sides, self.rows = [], []
         live = self.slots[: sum(counts)].long()
         for name, width in (("n", N), ("k", K)):
             data = torch.randn(tokens if name in gather else self.S, width, generator=g, dtype=torch.float64)
             data = data.to(self.dtype)
             if name not in gather:
-                data[sum(counts):] = math.nan
+                data[sum(counts) :] = math.nan
             wide = torch.full((len(data), width + 8), math.nan, dtype=self.dtype)
             wide[:, :width] = data
             self.sides.append((wide[:, :width], name in gather))

@@ -158,7 +158,7 @@ template <class T> MOE_DEVICE void multiply(WgradSums& sum, const WgradFragments
 template <class O>
 MOE_DEVICE void store_sums(const WgradSums& sum, uint32_t slice, O* out, int64_t row, int64_t n_left, int64_t k_left,
                            bool accumulate) {
-  constexpr int pitch = WgradTile<float>::kPitch, width = kVector<O>, vectors = 64 / width;
+  constexpr int pitch = WgradTile<float>::kPitch, each = kVector<O>, vectors = 64 / each;
   const int lane = threadIdx.x % kWarp;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -171,27 +171,27 @@ MOE_DEVICE void store_sums(const WgradSums& sum, uint32_t slice, O* out, int64_t
     }
     __syncwarp();
     for (int v = lane; v < 16 * vectors; v += kWarp) {
-      const int n = v / vectors, k = v % vectors * width;
+      const int n = v / vectors, k = v % vectors * each;
       if (i * 16 + n >= n_left || k >= k_left) continue;
-      Elements<O, width> value;
-      const bool turned = width == 8 && lane / 4 % 2;  // reads its second half first: so 8 lanes meet 32 banks
+      Elements<O, each> value;
+      const bool turned = each == 8 && lane / 4 % 2;  // reads its second half first: so 8 lanes meet 32 banks
 #pragma unroll
-      for (int half = 0; half < width; half += 4) {
+      for (int half = 0; half < each; half += 4) {
         const Elements<float, 4> part =
             unpack<float, 4>(ld_shared_v4(slice + (n * pitch + k + (half ^ (turned ? 4 : 0))) * 4));
 #pragma unroll
         for (int c = 0; c < 4; ++c) value.v[half + c] = part.v[c];
       }
 #pragma unroll
-      for (int c = 0; c < width / 2; ++c) {
-        const float low = value.v[c], high = value.v[c + width / 2];
-        value.v[c] = turned ? high : low, value.v[c + width / 2] = turned ? low : high;
+      for (int c = 0; c < each / 2; ++c) {
+        const float low = value.v[c], high = value.v[c + each / 2];
+        value.v[c] = turned ? high : low, value.v[c + each / 2] = turned ? low : high;
       }
       O* to = out + (i * 16 + n) * row + k;
       if (accumulate) {
-        const Elements<O, width> before = load_again<width>(to);
+        const Elements<O, each> before = load_again<each>(to);
 #pragma unroll
-        for (int c = 0; c < width; ++c) value.v[c] += before.v[c];
+        for (int c = 0; c < each; ++c) value.v[c] += before.v[c];
       }
       store(to, value);
     }
@@ -249,8 +249,7 @@ MOE_KERNEL __launch_bounds__(128, 2) grouped_wgrad_kernel(GroupedWgradArgs args,
       multiply<T>(sum, f);
     }
   }
-  cp_async_wait_all();
-  __syncthreads();  // the ring becomes the slices of the epilogue
+  __syncthreads();  // the ring becomes the slices of the epilogue; the copies that were awaited last were the last
 
   const uint32_t slice = ring + warp * 16 * Tile::kPitch * 4;
   const int64_t n = n0 + warp / 2 * Tile::kWarpWidth, k = k0 + warp % 2 * Tile::kWarpWidth;
