@@ -161,32 +161,34 @@ def _cpu_level(_name: str) -> str:
 
 def _cuda_choices(op: str, s: Sizes, name: str) -> tuple[str, list[tuple[str, str]]]:
     stage = op.removesuffix("_backward")
-    if stage == "fused_experts":
-        return _cuda_experts(op, s, name)
+    if stage in ("fused_experts", "grouped_gemm"):
+        return _cuda_products(op, s, name)
     cut = f"tiles by csrc/cuda/{stage}_tile.h" if stage in ("route", "permute") else "one way for every size"
     return f"csrc/cuda/{stage}.cuh, {cut}", []
 
 
-def _cuda_experts(op: str, s: Sizes, name: str) -> tuple[str, list[tuple[str, str]]]:
+def _cuda_products(op: str, s: Sizes, name: str) -> tuple[str, list[tuple[str, str]]]:
     try:
         host: Any = importlib.import_module(f"{__package__}._host")
     except ImportError as error:
-        return f"csrc/cuda/fused_experts.cuh, not known: the host module could not be loaded: {error}", []
+        return f"csrc/cuda/{op}.cuh, not known: the host module could not be loaded: {error}", []
     width = 2 * s.I if s.gated else s.I
     products = [("x w13", width, s.H), ("h w2", s.H, s.I)]  # columns, length of the sum
-    if op.endswith("_backward"):
+    if op == "fused_experts_backward":
         products = [("grad_y w2", s.I, s.H), ("grad_h w13", s.H, width)]
+    elif op == "grouped_gemm":
+        products = [("a b", width, s.H)]
     dtype, said, refused = {8: 0, 4: 1, 2: 2}[s.bytes], [], []
     for product, columns, depth in products:
         whole = s.H * s.bytes % 16 == 0 and s.I * s.bytes % 16 == 0
         no, row = host.cuda_product(_arch(name), s.E, s.T * s.K, columns, depth, dtype, whole)
         refused += [(f"{product} {other}", why) for other, why in no]
         said.append(f"{product}: {row}")
-    if op.endswith("_backward"):
+    if op == "fused_experts_backward":
         said.append("weight gradients: csrc/cuda/grouped_wgrad.cuh")
-    elif s.T <= host.few_tokens:
+    elif op == "fused_experts" and host.few_tokens >= s.T:
         said.append("where nothing requires a gradient: csrc/cuda/decode.cuh")
-    return f"csrc/cuda/fused_experts.cuh, {'; '.join(said)}", refused
+    return f"csrc/cuda/{op.removesuffix('_backward')}.cuh, {'; '.join(said)}", refused
 
 
 def _arch(name: str) -> int:

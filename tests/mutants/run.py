@@ -57,6 +57,8 @@ SUBJECTS: dict[str, tuple[list[str], list[str]]] = {
 # Constants made small in the copy, so that tiny shapes take every path: several tiles, several turns of a block.
 SMALLER: dict[str, tuple[str, str]] = {
     "csrc/cuda/route.cu": ("kMostBlocks = 132 * 8", "kMostBlocks = 2"),
+    "csrc/cuda/fused_experts.cu": ("s.E < 65535 ? s.E : 65535", "s.E < 2 ? s.E : 2"),
+    "csrc/cuda/grouped_fma.cu": ("parts < 65535 ? parts : 65535", "parts < 1 ? parts : 1"),
     "csrc/cuda/permute.cu": ("blocks < 1056 ? blocks : 1056", "blocks < 1 ? blocks : 1"),
     "csrc/cuda/permute_tile.h": (
         "kTileSlots = 2048;       // of a block, where there are several\nconstexpr int64_t kOneBlockSlots = 16384",
