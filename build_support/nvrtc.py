@@ -8,7 +8,10 @@ import importlib.util
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = ("route", "sum_scores", "limit_capacity", "permute", "unpermute", "expert_choice", "sinkhorn")
+STAGES = (
+    "route", "sum_scores", "limit_capacity", "permute", "unpermute", "expert_choice", "sinkhorn", "fused_experts",
+    "grouped_fma",
+)  # fmt: skip
 SOURCE = "".join(f'#include "cuda/{stage}.cuh"\n' for stage in STAGES)
 KERNELS = (
     "moe::cuda::route_kernel<moe::bf16>",
@@ -27,6 +30,10 @@ KERNELS = (
     "moe::cuda::permute_rows_kernel<uint4>",
     "moe::cuda::unpermute_kernel<moe::f16, 8>",
     "moe::cuda::unpermute_backward_kernel<double, 2>",
+    "moe::cuda::expert_sums_kernel<moe::bf16>",
+    "moe::cuda::weight_gradient_kernel<double>",
+    "moe::cuda::grouped_fma_kernel<float, 2>",
+    "moe::cuda::grouped_fma_kernel<moe::f16, 1>",
 )
 
 

@@ -45,6 +45,7 @@ LIMITS = {"80": Limits(65536, 64, 32, 164 * 1024), "90a": Limits(65536, 64, 32, 
 LAYOUT = """
 #include <cstdio>
 #include <initializer_list>
+#include "cuda/grouped_gemm_config.h"
 #include "cuda/permute_tile.h"
 #include "cuda/route_tile.h"
 using namespace moe::cuda;
@@ -64,6 +65,8 @@ int main() {
       for (const char* name : {t.tiles == 1 ? "limit_capacity" : "limit_count", t.tiles == 1 ? "" : "limit_drop"})
         if (*name) std::printf("%s 0 %d %d %u\\n", name, E, t.warps, t.offsets);
     }
+  for (int row = 0; row < kFma; ++row)
+    std::printf("grouped_rows %d 0 %d %d\\n", row, kTileRows[row].warps(), kTileRows[row].shared_bytes());
 }
 """
 
@@ -130,7 +133,7 @@ def read(cubin: Path) -> dict[str, Kernel]:
 
 
 def layouts() -> dict[tuple[str, int], dict[int, tuple[int, int]]]:
-    """(kernel, element bytes or 0) -> E -> (warps, bytes of shared memory) of a block."""
+    """(kernel, element bytes, or row of kTileRows, or 0) -> E, or 0 -> (warps, bytes of shared memory) of a block."""
     source, program = cubins.BUILD / "layout.cpp", cubins.BUILD / "layout"
     source.write_text(LAYOUT)
     run(*os.environ.get("CXX", "c++").split(), "-std=c++17", f"-I{ROOT / 'csrc'}", str(source), "-o", str(program))
@@ -154,12 +157,18 @@ SHARED = {
     "permute_scan": (32, 4096), "limit_scan": (32, 4096), "add_rows<float>": (32, 4096), "add_rows<double>": (32, 8192)
 }  # fmt: skip
 ELEMENT = {"double": 8, "float": 4, "bf16": 2, "f16": 2}
+# Kernels whose block is known to their launcher alone.
+UNKNOWN = ("grouped_fma", "grouped_wgrad", "decode")
 
 
 def occupancies(name: str, arch: str, kernel: Kernel, table: dict) -> dict[int, float]:
-    """E -> occupancy; the key 0 where E does not matter."""
+    """E -> occupancy; the key 0 where E does not matter. Empty where the block is not known here."""
     stem, _, argument = name.partition("<")
-    of_kernel = table.get((stem, ELEMENT.get(argument.split(",")[0].rstrip(">"), 0))) or table.get((stem, 0))
+    words = argument.rstrip(">").split(", ")
+    which = int(words[1]) if stem == "grouped_rows" else ELEMENT.get(words[0], 0)
+    of_kernel = table.get((stem, which)) or table.get((stem, 0))
+    if stem.startswith(UNKNOWN):
+        return {}
     if of_kernel is None:
         warps, size = SHARED.get(name, (8, 0))
         return {0: occupancy(arch, kernel.registers, warps, size)}
@@ -199,7 +208,7 @@ def page(found: dict[str, dict[str, Kernel]], table: dict, version: str) -> str:
     for arch, kernels in found.items():
         for name, k in sorted(kernels.items()):
             share = occupancies(name, arch, k, table)
-            shown = " / ".join(f"{share[E]:.0%}" for E in ((0,) if 0 in share else (8, 128, 512)))
+            shown = " / ".join(f"{share[E]:.0%}" for E in ((0,) if 0 in share else (8, 128, 512)) if E in share) or "-"
             counts = (k.registers, k.instructions, k.global_accesses, k.shared_accesses, k.collectives)
             lines.append(f"| `{name}` | sm_{arch} | " + " | ".join(map(str, counts)) + f" | {shown} |")
     return "\n".join(lines) + "\n"

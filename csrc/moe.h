@@ -23,6 +23,11 @@ struct Workers {
 enum class Scoring : int32_t { softmax, sigmoid, sqrtsoftplus };
 enum class Activation : int32_t { silu, gelu, gelu_tanh, relu, relu2, swigluoai };
 
+struct ActivationRule {
+  Activation activation;
+  double limit, alpha;  // of swigluoai
+};
+
 /// What turns logits into weights; shared by route and its backward.
 struct RouteRule {
   Scoring scoring;
@@ -250,6 +255,7 @@ struct ExpertMlp {
   const void* topk_weights;       // [S] acc
   const void* hidden_mask;        // [S, I] acc, multiplies a, or null
   const int32_t* row_to_slot;     // [S]
+  const int32_t* slot_to_row;     // [S]; null on a CPU
   const int32_t* expert_offsets;  // [E+1]
 };
 
@@ -284,7 +290,8 @@ struct PackArgs {
   int64_t packed_expert_stride, packed_panel_stride;
 };
 
-constexpr int64_t kPanel = 32;  // columns of a weight panel
+constexpr int64_t kPanel = 32;      // columns of a weight panel
+constexpr int64_t kFewTokens = 64;  // up to here a GPU decodes: the first product is not kept, weights are streamed
 
 namespace cpu {
 int64_t route_workspace_bytes(const RouteArgs&, const Workers&);

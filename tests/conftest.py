@@ -76,13 +76,16 @@ def _on_gpu(function: Callable[..., Any]) -> Callable[..., Any]:
 CUDA = SimpleNamespace(
     name="cuda", device="cuda", route=_on_gpu(mk.route), route_with_sums=_on_gpu(mk.route_with_sums),
     sum_scores=_on_gpu(torch.ops.moe_kernels.sum_scores.default), limit_capacity=_on_gpu(mk.limit_capacity),
-    permute=_on_gpu(mk.permute), unpermute=_on_gpu(mk.unpermute), expert_choice=_on_gpu(expert_choice.choose),
+    permute=_on_gpu(mk.permute), unpermute=_on_gpu(mk.unpermute), grouped_gemm=_on_gpu(mk.grouped_gemm),
+    fused_experts=_on_gpu(mk.fused_experts), expert_choice=_on_gpu(expert_choice.choose),
     sinkhorn=_on_gpu(assignment.balance),
 )  # fmt: skip
 EMULATED = {  # the stages that have CUDA kernels
     "test_route", "test_route_sums", "test_sum_scores", "test_limit_capacity", "test_permute", "test_unpermute",
-    "test_expert_choice", "test_sinkhorn",
+    "test_expert_choice", "test_sinkhorn", "test_grouped_gemm",
 }  # fmt: skip
+# Too many products for the emulator: test_cuda_experts.py takes what it needs of the bodies.
+ON_GPU = EMULATED | {"test_fused_experts"}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -92,7 +95,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     backends = [REFERENCE, CPU]
     if metafunc.module.__name__ in EMULATED:
-        backends += [simt_ops.BACKEND, *([CUDA] if torch.cuda.is_available() else [])]
+        backends.append(simt_ops.BACKEND)
+    if metafunc.module.__name__ in ON_GPU and torch.cuda.is_available():
+        backends.append(CUDA)
     metafunc.parametrize("backend", backends, ids=lambda backend: backend.name, indirect=True)
 
 

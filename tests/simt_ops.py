@@ -30,9 +30,10 @@ ROOT = Path(__file__).resolve().parents[1]
 NAMESPACE = "moe_kernels_simt"
 CALLED = {
     "route": (ops, "_ROUTE"), "limit_capacity": (capacity, "_LIMIT_CAPACITY"), "permute": (ops, "_PERMUTE"),
-    "unpermute": (ops, "_UNPERMUTE"), "expert_cuts": (expert_choice, "_CUTS"),
-    "expert_choice": (expert_choice, "_SLOTS"), "sinkhorn": (assignment, "_SINKHORN"),
-    "sum_scores": (losses, "_SUM_SCORES"),
+    "unpermute": (ops, "_UNPERMUTE"), "grouped_gemm": (ops, "_GROUPED_GEMM"),
+    "fused_experts": (ops, "_FUSED_EXPERTS"), "sum_scores": (losses, "_SUM_SCORES"),
+    "expert_cuts": (expert_choice, "_CUTS"), "expert_choice": (expert_choice, "_SLOTS"),
+    "sinkhorn": (assignment, "_SINKHORN"),
 }  # fmt: skip
 """op -> the name under which the package calls it"""
 STAGES = (*CALLED, *(f"{stage}_backward" for stage in CALLED if f"{stage}_backward" in schemas.SCHEMAS))
@@ -86,11 +87,15 @@ def restart(seed: int = _FIRST_SEED) -> None:
     _seeds = itertools.count(seed)
 
 
+def next_seed() -> int:
+    return next(_seeds)
+
+
 @contextmanager
 def patched() -> Iterator[None]:
     """All ops that have CUDA kernels run on the emulator inside, for layers and models too. The next seed."""
     library()
-    os.environ[SEED] = str(next(_seeds))
+    os.environ[SEED] = str(next_seed())
     with ExitStack() as stack:
         for stage, (module, name) in CALLED.items():
             op = getattr(getattr(torch.ops, NAMESPACE), stage).default
@@ -117,5 +122,6 @@ BACKEND = SimpleNamespace(
     name="simt", device="cpu", route=_on_emulator(mk.route), route_with_sums=_on_emulator(mk.route_with_sums),
     sum_scores=_on_emulator(_sum_scores), limit_capacity=_on_emulator(mk.limit_capacity),
     permute=_on_emulator(mk.permute), unpermute=_on_emulator(mk.unpermute),
+    grouped_gemm=_on_emulator(mk.grouped_gemm), fused_experts=_on_emulator(mk.fused_experts),
     expert_choice=_on_emulator(expert_choice.choose), sinkhorn=_on_emulator(assignment.balance),
 )  # fmt: skip

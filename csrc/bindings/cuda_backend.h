@@ -15,7 +15,7 @@ namespace {
 
 // torch.cuda.current_stream(device). Linking the call would keep this library from loading on a CPU torch, so it is
 // looked up in the libtorch_cuda that is loaded.
-cudaStream_t current_stream(int32_t device) {
+inline cudaStream_t current_stream(int32_t device) {
   using Get = int32_t (*)(int32_t, void**);
   static const Get get = [] {
     void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);

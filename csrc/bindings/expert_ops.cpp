@@ -1,13 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
-// The expert MLP as ops: fused_experts with its backward, and its packed form for inference.
-#include "tensors.h"
+// The expert MLP as ops: fused_experts with its backward, and on CPUs its packed form for inference. Compiled once a
+// backend, as ops.cpp.
+#if defined(MOE_SIMT)
+#include "simt_backend.h"
+#elif defined(MOE_CUDA_OPS)
+#include "cuda_backend.h"
+#else
+#include "cpu_backend.h"
+#endif
 
 namespace moe::binding {
 namespace {
 
 /// What all expert ops share. Holds the tensors that the struct points to.
 struct Mlp {
-  Tensor x, weights, ids, row_to_slot, expert_offsets;
+  Tensor x, weights, ids, row_to_slot, slot_to_row, expert_offsets;
   MaybeTensor w13_bias, w2_bias, hidden_mask;
   ExpertMlp args{};
 
@@ -18,6 +25,7 @@ struct Mlp {
     const DType dtype = dtype_of(op, "x", x);
     const ScalarType acc = acc_of(dtype);
     require(acc == acc_of(weight_dtype), op, ": x and the weights must both be float64, or neither");
+    require(!kOnDevice || dtype == weight_dtype, op, ": x and the weights must have one dtype on a GPU");
     require(x.dim() == 2 && topk_ids.dim() == 2, op, ": x must be [T, H] and topk_ids [T, K]");
     require(activation >= 0 && activation <= 5, op, ": no activation ", activation);
     const int64_t T = x.size(0), H = x.size(1), K = topk_ids.size(1), S = T * K;
@@ -28,16 +36,26 @@ struct Mlp {
     if (hidden_mask_) want(op, "hidden_mask", *hidden_mask_, {T, K, I});
     weights = to_type(topk_weights, acc), hidden_mask = to_type(hidden_mask_, acc);
     w13_bias = to_type(w13_bias_, scalar_of(weight_dtype)), w2_bias = to_type(w2_bias_, scalar_of(weight_dtype));
-    ids = narrow_ids([](const Tensor&, const NarrowIdsArgs& a) { cpu::narrow_ids(a); }, op, topk_ids, E, expert_map);
+    ids = narrow_ids([](const Tensor& like, const NarrowIdsArgs& a) { run(like, a); }, op, topk_ids, E, expert_map);
     row_to_slot = empty(x, {S}, ScalarType::Int), expert_offsets = empty(x, {E + 1}, ScalarType::Int);
-    cpu::permute_index({S, E, S, 1, ids.const_data_ptr<int32_t>(), expert_offsets.mutable_data_ptr<int32_t>(),
-                        row_to_slot.mutable_data_ptr<int32_t>(), nullptr, nullptr});
+    if (kOnDevice) slot_to_row = empty(x, {S}, ScalarType::Int);
+    int32_t* const to_row = kOnDevice ? slot_to_row.mutable_data_ptr<int32_t>() : nullptr;
+    PermuteIndexArgs index{S,
+                           E,
+                           S,
+                           1,
+                           ids.const_data_ptr<int32_t>(),
+                           expert_offsets.mutable_data_ptr<int32_t>(),
+                           row_to_slot.mutable_data_ptr<int32_t>(),
+                           to_row,
+                           nullptr};
+    run(x, index);
     args.T = T, args.H = H, args.I = I, args.E = E, args.K = K, args.dtype = dtype, args.weight_dtype = weight_dtype;
     args.activation = Activation(activation), args.gated = gated, args.weight_on_input = weight_on_input;
     args.limit = limit, args.alpha = alpha, args.x = x.const_data_ptr(), args.x_stride = T ? x.stride(0) : H;
     args.w13_bias = data_of(w13_bias), args.w2_bias = data_of(w2_bias), args.topk_weights = weights.const_data_ptr();
     args.hidden_mask = data_of(hidden_mask), args.row_to_slot = row_to_slot.const_data_ptr<int32_t>();
-    args.expert_offsets = expert_offsets.const_data_ptr<int32_t>();
+    args.slot_to_row = to_row, args.expert_offsets = expert_offsets.const_data_ptr<int32_t>();
   }
 
   void set_weights(const char* op, const Tensor& w13, const Tensor& w2, bool interleaved, bool transposed) {
@@ -66,9 +84,7 @@ std::tuple<Tensor, Tensor> fused_experts(const Tensor& x, const Tensor& w13, con
   Tensor hidden = save_hidden ? empty(mlp.x, {p.T * p.K, gated ? 2 * p.I : p.I}, x.scalar_type())
                               : empty(mlp.x, {0}, x.scalar_type());
   FusedExpertsArgs args{p, save_hidden ? hidden.mutable_data_ptr() : nullptr, y.mutable_data_ptr(), nullptr};
-  const Workers workers = torch_workers();
-  const Tensor space = workspace(mlp.x, cpu::fused_experts_workspace_bytes, args, workers);
-  cpu::fused_experts(args, workers);
+  run(mlp.x, args);
   return {y, hidden};
 }
 
@@ -96,8 +112,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_experts_backwar
   Tensor grad_x = result(0, {p.T, p.H}, x.scalar_type()), grad_w13 = result(1, sizes_of(w13), weight_type);
   Tensor grad_w2 = result(2, sizes_of(w2), weight_type), grad_weights = result(3, {p.T, p.K}, acc_of(p.dtype));
   Tensor grad_b13 = result(4, {p.E, rows}, weight_type), grad_b2 = result(5, {p.E, p.H}, weight_type);
-  ask_for_huge_pages(grad_w13, grad_w13.numel() * dtype_bytes(p.weight_dtype));
-  ask_for_huge_pages(grad_w2, grad_w2.numel() * dtype_bytes(p.weight_dtype));
+  if (!kOnDevice) {
+    ask_for_huge_pages(grad_w13, grad_w13.numel() * dtype_bytes(p.weight_dtype));
+    ask_for_huge_pages(grad_w2, grad_w2.numel() * dtype_bytes(p.weight_dtype));
+  }
   const auto out = [&](int bit, Tensor& t) { return needs >> bit & 1 ? t.mutable_data_ptr() : nullptr; };
   if (needs >> 3 & 1) torch::stable::zero_(grad_weights);  // of absent slots
   FusedExpertsBackwardArgs args{p,
@@ -115,11 +133,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_experts_backwar
                                 nullptr};
   if (needs >> 1 & 1) args.w13_out = weight_of(grad_w13, transposed);
   if (needs >> 2 & 1) args.w2_out = weight_of(grad_w2, transposed);
-  const Workers workers = torch_workers();
-  const Tensor space = workspace(mlp.x, cpu::fused_experts_backward_workspace_bytes, args, workers);
-  cpu::fused_experts_backward(args, workers);
+  run(mlp.x, args);
   return {grad_x, grad_w13, grad_w2, to_type(grad_weights, topk_weights.scalar_type()), grad_b13, grad_b2};
 }
+
+#if defined(MOE_SIMT) || defined(MOE_CUDA_OPS)
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(MOE_LIBRARY, MOE_KEY, m) {
+  m.impl("fused_experts", boxed<&fused_experts>);
+  m.impl("fused_experts_backward", boxed<&fused_experts_backward>);
+}
+#else
 
 /// One of the two packed tensors: parts matrices (gate and up, or one) of N rows an expert, first at rows 0, 1 or I of
 /// w.
@@ -167,9 +192,7 @@ Tensor fused_experts_packed(const Tensor& x, const Tensor& packed13, const Tenso
   p.w2 = {packed2.const_data_ptr(), packed2.stride(0), 1, W, I * W, true};
   Tensor y = empty(mlp.x, {p.T, p.H}, x.scalar_type());
   FusedExpertsArgs args{p, nullptr, y.mutable_data_ptr(), nullptr};
-  const Workers workers = torch_workers();
-  const Tensor space = workspace(mlp.x, cpu::fused_experts_workspace_bytes, args, workers);
-  cpu::fused_experts(args, workers);
+  run(mlp.x, args);
   return y;
 }
 
@@ -181,5 +204,6 @@ STABLE_TORCH_LIBRARY_IMPL(moe_kernels, CPU, m) {
   m.impl("pack_experts", boxed<&pack_experts>);
   m.impl("fused_experts_packed", boxed<&fused_experts_packed>);
 }
+#endif
 
 }  // namespace moe::binding

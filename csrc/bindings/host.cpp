@@ -11,6 +11,7 @@
 #include "../cpu/choice.h"
 #include "../cpu/isa.h"
 #include "../cpu/limits.h"
+#include "../cuda/grouped_gemm_config.h"
 
 namespace py = pybind11;
 using namespace moe::cpu;
@@ -37,6 +38,17 @@ py::tuple panel_way(int64_t row_stride, int64_t col_stride, bool padded, int64_t
   return py::make_tuple(refused, way->name, width, depth);
 }
 
+/// Which row of the CUDA table computes a grouped product: the rows that refuse it and why, and the row taken.
+py::tuple cuda_product(int arch, int64_t E, int64_t S, int64_t N, int64_t K, int dtype, bool in_16_bytes) {
+  using namespace moe::cuda;
+  const ProductShape shape{E, S, N, K, moe::DType(dtype), false, in_16_bytes};
+  const Processor on = processor_of(arch);
+  std::vector<std::pair<std::string, std::string>> refused;
+  for (const TileRow& row : kTileRows)
+    if (const char* why = refusal(row, shape, on)) refused.emplace_back(row.name, why);
+  return py::make_tuple(refused, kTileRows[choose_config(shape, on)].name);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
@@ -46,9 +58,13 @@ PYBIND11_MODULE(_host, m) {
       "The level in use; RuntimeError if MOE_KERNELS_ISA is no level.");
   m.def("isa_levels", &isa_levels, "The levels that this processor has, lowest first.");
   m.attr("token_block") = kTokenBlock;
+  m.attr("few_tokens") = moe::kFewTokens;
   m.def("panel_way", &panel_way, "(refused, way, columns, depth) of a product with a weight of these strides.",
         py::arg("row_stride"), py::arg("col_stride"), py::arg("padded"), py::arg("bytes"), py::arg("n"),
         py::arg("rows"), py::arg("halves"));
+  m.def("cuda_product", &cuda_product, "(refused, row) of a grouped product on an architecture such as 90.",
+        py::arg("arch"), py::arg("E"), py::arg("S"), py::arg("N"), py::arg("K"), py::arg("dtype"),
+        py::arg("in_16_bytes"));
   m.def("multiply_add_rate", &multiply_add_rate, "Operations a second of a loop of multiply-adds on registers.",
         py::arg("threads"), py::arg("float64"), py::arg("steps"), py::call_guard<py::gil_scoped_release>());
   m.def(

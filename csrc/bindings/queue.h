@@ -7,7 +7,7 @@
 namespace moe::binding {
 namespace {
 
-constexpr bool kChecksIds = true;
+constexpr bool kChecksIds = true, kOnDevice = true;
 
 template <class Args, class = void> constexpr bool has_workspace = false;
 template <class Args> constexpr bool has_workspace<Args, std::void_t<decltype(std::declval<Args&>().workspace)>> = true;
@@ -25,6 +25,10 @@ inline int64_t device_bytes(const PermuteIndexArgs& args) {
 }
 inline int64_t device_bytes(const UnpermuteBackwardArgs& args) {
   return cuda::unpermute_backward_workspace_bytes(args.P);
+}
+inline int64_t device_bytes(const FusedExpertsArgs& args) { return cuda::fused_experts_workspace_bytes(args); }
+inline int64_t device_bytes(const FusedExpertsBackwardArgs& args) {
+  return cuda::fused_experts_backward_workspace_bytes(args);
 }
 
 /// Sets args.workspace where the stage wants one.
@@ -72,6 +76,15 @@ inline void queue(const ExpertChoiceArgs& args, cudaStream_t stream) {
   succeed("expert_choice", cuda::expert_choice(args, stream));
 }
 inline void queue(const SinkhornArgs& args, cudaStream_t stream) { succeed("sinkhorn", cuda::sinkhorn(args, stream)); }
+inline void queue(const GroupedGemmArgs& args, cudaStream_t stream) {
+  succeed("grouped_gemm", cuda::grouped_gemm(args, stream));
+}
+inline void queue(const FusedExpertsArgs& args, cudaStream_t stream) {
+  succeed("fused_experts", cuda::fused_experts(args, stream));
+}
+inline void queue(const FusedExpertsBackwardArgs& args, cudaStream_t stream) {
+  succeed("fused_experts_backward", cuda::fused_experts_backward(args, stream));
+}
 
 }  // namespace
 }  // namespace moe::binding

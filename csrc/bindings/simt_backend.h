@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The CUDA stages on CPU tensors, by the emulator. Every buffer of a call is registered with its exact extent, so that
-// an access beside it is a fault; what a kernel has to write counts as never written. For ops.cpp under MOE_SIMT.
+// an access beside it is a fault; what a kernel has to write counts as never written. For ops.cpp,
+// gemm_ops.cpp and expert_ops.cpp under MOE_SIMT.
 #pragma once
 #include <deque>
 
@@ -109,6 +110,53 @@ inline void declare(Buffers& buffers, const Tensor&, const UnpermuteBackwardArgs
   buffers.in("rows", a.rows, extent(a.P, a.H, a.rows_stride, bytes)), buffers.in("slot_to_row", a.slot_to_row, S * 4);
   buffers.in("topk_weights", a.topk_weights, S * acc), buffers.out("grad_rows", a.grad_rows, a.P * a.H * bytes);
   buffers.out("grad_weights", a.grad_weights, S * acc), buffers.out("workspace", a.workspace, device_bytes(a));
+}
+
+inline int64_t extent(const Weight& w, int64_t E, int64_t n, int64_t k, int64_t bytes) {
+  return ((E - 1) * w.expert_stride + (n - 1) * w.row_stride + (k - 1) * w.col_stride + 1) * bytes;
+}
+inline void declare(Buffers& buffers, const Tensor&, const GroupedGemmArgs& a) {
+  const int64_t bytes = dtype_bytes(a.dtype), groups = a.grouped == Grouped::none ? a.G : 1;
+  const int64_t outputs = a.grouped == Grouped::rows ? 1 : a.G, out = outputs * a.M * a.N * dtype_bytes(a.out_dtype);
+  if (a.M * a.K > 0)
+    buffers.in("a", a.a, ((groups - 1) * a.a_group + (a.M - 1) * a.a_row + (a.K - 1) * a.a_col + 1) * bytes);
+  const int64_t weights = a.grouped == Grouped::contraction ? 1 : a.G;
+  if (weights * a.N * a.K > 0) buffers.in("b", a.b.data, extent(a.b, weights, a.N, a.K, bytes));
+  buffers.in("offs", a.offs, a.G * 4), buffers.in("bias", a.bias, a.G * a.N * bytes);
+  if (a.bias && a.grouped == Grouped::contraction) buffers.in("out", a.out, out);  // holds the bias
+  else buffers.out("out", a.out, out);
+}
+inline void declare(Buffers& buffers, const ExpertMlp& p) {
+  const int64_t bytes = dtype_bytes(p.dtype), of_weight = dtype_bytes(p.weight_dtype), acc = acc_bytes(p.dtype);
+  const int64_t S = p.T * p.K, rows = p.gated ? 2 * p.I : p.I;
+  buffers.in("x", p.x, extent(p.T, p.H, p.x_stride, bytes));
+  buffers.in("w13", p.w13.data, extent(p.w13, p.E, rows, p.H, of_weight));
+  buffers.in("w2", p.w2.data, extent(p.w2, p.E, p.H, p.I, of_weight));
+  buffers.in("w13_bias", p.w13_bias, p.E * rows * of_weight), buffers.in("w2_bias", p.w2_bias, p.E * p.H * of_weight);
+  buffers.in("topk_weights", p.topk_weights, S * acc), buffers.in("hidden_mask", p.hidden_mask, S * p.I * acc);
+  buffers.in("row_to_slot", p.row_to_slot, S * 4), buffers.in("slot_to_row", p.slot_to_row, S * 4);
+  buffers.in("expert_offsets", p.expert_offsets, (p.E + 1) * 4);
+}
+inline void declare(Buffers& buffers, const Tensor&, const FusedExpertsArgs& a) {
+  const ExpertMlp& p = a.mlp;
+  const int64_t bytes = dtype_bytes(p.dtype);
+  declare(buffers, p);
+  buffers.out("hidden", a.hidden, p.T * p.K * (p.gated ? 2 * p.I : p.I) * bytes);
+  buffers.out("y", a.y, p.T * p.H * bytes), buffers.out("workspace", a.workspace, device_bytes(a));
+}
+inline void declare(Buffers& buffers, const Tensor&, const FusedExpertsBackwardArgs& a) {
+  const ExpertMlp& p = a.mlp;
+  const int64_t bytes = dtype_bytes(p.dtype), of_weight = dtype_bytes(p.weight_dtype), S = p.T * p.K;
+  const int64_t rows = p.gated ? 2 * p.I : p.I;
+  declare(buffers, p);
+  buffers.in("grad_y", a.grad_y, extent(p.T, p.H, a.grad_y_stride, bytes));
+  buffers.in("hidden", a.hidden, S * rows * bytes), buffers.out("grad_x", a.grad_x, p.T * p.H * bytes);
+  buffers.out("grad_w13", a.grad_w13, p.E * rows * p.H * of_weight);
+  buffers.out("grad_w2", a.grad_w2, p.E * p.H * p.I * of_weight);
+  buffers.in("grad_topk_weights", a.grad_topk_weights, S * acc_bytes(p.dtype));  // zeroed by the binding
+  buffers.out("grad_w13_bias", a.grad_w13_bias, p.E * rows * of_weight);
+  buffers.out("grad_w2_bias", a.grad_w2_bias, p.E * p.H * of_weight);
+  buffers.out("workspace", a.workspace, device_bytes(a));
 }
 
 template <class Args> void run(const Tensor& like, Args&& args) {

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Row functions on the vectors of tile_impl.h: activations with their derivatives, exponentials, sums.
+#include "../activation.h"
+
 namespace moe::cpu::MOE_ISA {
 
 // exp in float: 2^n * p(r), |r| <= ln2/2, Taylor to r^7 (remainder 5e-9 relative, below half an ulp); 0 below -87.3.
@@ -35,58 +37,14 @@ template <class A> inline Vec<A> erf_of(Vec<A> x) {
   return by_lane<A>(x, [](A v) { return std::erf(v); });
 }
 
-template <class A> struct Value { Vec<A> value, slope; };
-constexpr double kSqrt2OverPi = 0.79788456080286535588, kSqrtHalf = 0.70710678118654752440;
-
-/// act(x) and, where asked for, act'(x), for the activations of one argument.
-template <class A, bool kSlope> inline Value<A> activation_of(Activation activation, Vec<A> x) {
-  const Vec<A> zero{}, one = zero + A(1);
-  switch (activation) {
-    case Activation::silu: {
-      const Vec<A> s = sigmoid_of<A>(x);
-      return {x * s, kSlope ? s * (1 + x * (1 - s)) : zero};
-    }
-    case Activation::gelu: {
-      const Vec<A> cdf = A(.5) * (1 + erf_of<A>(x * A(kSqrtHalf)));
-      return {x * cdf, kSlope ? cdf + x * (A(.5 * kSqrt2OverPi) * exp_of(A(-.5) * x * x)) : zero};
-    }
-    case Activation::gelu_tanh: {  // (1 + tanh z) / 2 = sigmoid(2 z)
-      const Vec<A> s = sigmoid_of<A>(A(2 * kSqrt2OverPi) * x * (1 + A(.044715) * x * x));
-      const Vec<A> dz = A(2 * kSqrt2OverPi) * (1 + A(3 * .044715) * x * x);
-      const Vec<A> tail = s * (1 - s);
-      return {x * s, kSlope ? s + (tail == 0 ? zero : x * tail * dz) : zero};
-    }
-    case Activation::relu: return {x > 0 ? x : x != x ? x : zero, kSlope ? (x > 0 ? one : x != x ? x : zero) : zero};
-    case Activation::relu2: {
-      const Vec<A> r = x > 0 ? x : x != x ? x : zero;
-      return {r * r, kSlope ? 2 * r : zero};
-    }
-    case Activation::swigluoai: break;
-  }
-  return {zero, zero};
-}
-
-/// One vector of out, and of both gradients where grad is given.
-template <class A, bool kGrad>
-inline Vec<A> gate_of(const ActivationRule& rule, Vec<A> gate, const Vec<A>* up, Vec<A> grad, Vec<A>* grad_gate,
-                      Vec<A>* grad_up) {
-  if (rule.activation == Activation::swigluoai) {  // (clamp(up) + 1) * min(gate) * sigmoid(alpha * min(gate))
-    const Vec<A> limit = Vec<A>{} + A(rule.limit), zero{};
-    const Vec<A> g = gate > limit ? limit : gate, u = *up > limit ? limit : *up < -limit ? -limit : *up;
-    const Vec<A> s = sigmoid_of<A>(A(rule.alpha) * g);
-    if constexpr (kGrad) {
-      *grad_gate = gate > limit ? zero : grad * (u + 1) * s * (1 + A(rule.alpha) * g * (1 - s));
-      *grad_up = *up > limit ? zero : *up < -limit ? zero : grad * g * s;
-    }
-    return (u + 1) * g * s;
-  }
-  const Value<A> act = activation_of<A, kGrad>(rule.activation, gate);
-  if constexpr (kGrad) {
-    *grad_gate = grad * act.slope * (up ? *up : Vec<A>{} + A(1));
-    if (up) *grad_up = grad * act.value;
-  }
-  return up ? act.value * *up : act.value;
-}
+/// What activation.h computes with.
+template <class Element> struct Vectors {
+  using A = Element;
+  using V = Vec<A>;
+  static V exp(V x) { return exp_of(x); }
+  static V sigmoid(V x) { return sigmoid_of<A>(x); }
+  static V erf(V x) { return erf_of<A>(x); }
+};
 
 // Calls f(i, lanes) for whole vectors, then once for the rest through a padded copy made by `part`.
 template <class A> inline Vec<A> load_part(const A* p, int64_t lanes) {
@@ -111,7 +69,8 @@ void activate(const ActivationRule& rule, const A* gate, const A* up, A* out, in
   for_vectors<A>(count, [&](int64_t i, int64_t lanes) {
     Vec<A> u{};
     if (up) u = load_part(up + i, lanes);
-    store_part(out + i, gate_of<A, false>(rule, load_part(gate + i, lanes), up ? &u : nullptr, u, nullptr, nullptr),
+    store_part(out + i,
+               gate_of<Vectors<A>, false>(rule, load_part(gate + i, lanes), u, up != nullptr, u, nullptr, nullptr),
                lanes);
   });
 }
@@ -122,7 +81,8 @@ void activate_backward(const ActivationRule& rule, A scale, const A* gate, const
     Vec<A> u{}, dg{}, du{};
     if (up) u = load_part(up + i, lanes);
     const Vec<A> grad = scale * load_part(grad_out + i, lanes);
-    store_part(act + i, gate_of<A, true>(rule, load_part(gate + i, lanes), up ? &u : nullptr, grad, &dg, &du), lanes);
+    store_part(act + i, gate_of<Vectors<A>, true>(rule, load_part(gate + i, lanes), u, up != nullptr, grad, &dg, &du),
+               lanes);
     store_part(grad_gate + i, dg, lanes);
     if (up) store_part(grad_up + i, du, lanes);
   });

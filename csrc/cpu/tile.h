@@ -41,11 +41,6 @@ template <class T> struct Tile {
   void (*narrow)(const A* from, int64_t from_stride, T* to, int64_t to_stride, int64_t rows, int64_t n);
 };
 
-struct ActivationRule {
-  Activation activation;
-  double limit, alpha;
-};
-
 /// cost [tokens, E]; rows <- the factor of every token, 0 where it is none; sums [E] <- sum of rows * cost.
 template <class A> struct BalanceTile {
   int64_t tokens, E;

@@ -29,6 +29,11 @@ cudaError_t permute(const PermuteArgs&, cudaStream_t);
 cudaError_t unpermute(const UnpermuteArgs&, cudaStream_t);
 int64_t unpermute_backward_workspace_bytes(int64_t P);
 cudaError_t unpermute_backward(const UnpermuteBackwardArgs&, cudaStream_t);
+cudaError_t grouped_gemm(const GroupedGemmArgs&, cudaStream_t);
+int64_t fused_experts_workspace_bytes(const FusedExpertsArgs&);
+cudaError_t fused_experts(const FusedExpertsArgs&, cudaStream_t);
+int64_t fused_experts_backward_workspace_bytes(const FusedExpertsBackwardArgs&);
+cudaError_t fused_experts_backward(const FusedExpertsBackwardArgs&, cudaStream_t);
 
 // Of route and sum_scores, in sum_scores.cu: the rows of sums that a grid leaves, and the sum of those of each group.
 int64_t sum_rows_bytes(int64_t T, int64_t B, int64_t E, DType);

@@ -35,6 +35,20 @@ MOE_DEVICE void st_shared_v4(uint32_t address, uint4 v) {
                                                           "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory"));
 }
 
+/// st.shared.v2.u32 (Data Movement: st). `address` is a multiple of 8.
+MOE_DEVICE void st_shared_v2(uint32_t address, uint2 v) {
+  MOE_TWIN(simt::st_shared(address, &v, 8),
+           asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(v.x), "r"(v.y) : "memory"));
+}
+
+/// ld.shared.u32 (Data Movement: ld). `address` is a multiple of 4.
+MOE_DEVICE uint32_t ld_shared(uint32_t address) {
+  uint32_t v;
+  MOE_TWIN(simt::ld_shared(&v, address, 4),
+           asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory"));
+  return v;
+}
+
 // ---------------------------------------------------------------- conversions (sm_80)
 
 /// cvt.rn.bf16x2.f32 (Data Movement: cvt). `low` fills the low half.

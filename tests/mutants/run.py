@@ -41,12 +41,31 @@ SUBJECTS: dict[str, tuple[list[str], list[str]]] = {
     "sinkhorn": (["csrc/cuda/sinkhorn.cuh"], ["csrc/cuda/sinkhorn.cu", "tests/mutants/sinkhorn_cases.cpp"]),
     "permute": (["csrc/cuda/permute.cuh"], ["csrc/cuda/permute.cu", "tests/mutants/permute_cases.cpp"]),
     "unpermute": (["csrc/cuda/unpermute.cuh"], ["csrc/cuda/unpermute.cu", "tests/mutants/unpermute_cases.cpp"]),
+    "fused_experts": (
+        ["csrc/cuda/fused_experts.cuh", "csrc/cuda/grouped_fma.cuh"],
+        [
+            "csrc/cuda/fused_experts.cu",
+            "csrc/cuda/grouped_fma.cu",
+            "csrc/cuda/unpermute.cu",
+            "tests/mutants/fused_experts_cases.cpp",
+        ],
+    ),
+    "grouped_wgrad": (
+        ["csrc/cuda/grouped_wgrad.cuh", "csrc/cuda/mma_tile.cuh"],
+        ["csrc/cuda/grouped_wgrad.cu", "tests/mutants/wgrad_cases.cpp"],
+    ),
+    "decode": (
+        ["csrc/cuda/decode.cuh", "csrc/cuda/expert_rows.cuh"],
+        ["csrc/cuda/decode.cu", "csrc/cuda/permute.cu", "tests/mutants/decode_cases.cpp"],
+    ),
 }
 # Constants made small in the copy, so that tiny shapes take every path: several tiles, several turns of a block.
 SMALLER: dict[str, tuple[str, str]] = {
     "csrc/cuda/route.cu": ("kMostBlocks = 132 * 8", "kMostBlocks = 2"),
     "csrc/cuda/expert_choice.cu": ("most = 132 * 8", "most = 2"),
     "csrc/sinkhorn.h": ("kTileTokens = 64", "kTileTokens = 8"),
+    "csrc/cuda/fused_experts.cu": ("s.E < 65535 ? s.E : 65535", "s.E < 2 ? s.E : 2"),
+    "csrc/cuda/grouped_fma.cu": ("parts < 65535 ? parts : 65535", "parts < 1 ? parts : 1"),
     "csrc/cuda/permute.cu": ("blocks < 1056 ? blocks : 1056", "blocks < 1 ? blocks : 1"),
     "csrc/cuda/permute_tile.h": (
         "kTileSlots = 2048;       // of a block, where there are several\nconstexpr int64_t kOneBlockSlots = 16384",
