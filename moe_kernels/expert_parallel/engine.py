@@ -76,16 +76,23 @@ class Engine:
         """For copy and pickle: the connection stays here."""
         return self.__dict__ | {"link": None, "shakes": Handshakes(), "dropped": None, "trace": []}
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def run(
-        self, experts: nn.Module, x: Tensor, weights: Tensor, ids: Tensor, weight_on_input: bool = False,
+        self, experts: nn.Module, x: Tensor, weights: Any, ids: Any, weight_on_input: bool = False,
         meanwhile: Callable[[], Any] | None = None,
     ) -> tuple[Tensor, Any]:  # fmt: skip
         """y [T, H], and what `meanwhile` returned, called while the first rows travel.
 
         experts: (x [R, H], topk_weights [R, K], topk_ids int32 [R, K], weight_on_input) -> [R, H] for any R; ids are
-        places on this rank, -1 for an expert of another.
+        places on this rank, -1 for an expert of another. Under torch.compile this is a graph break.
         """
+        if torch.compiler.is_compiling():
+            return self._run_uncompiled(experts, x, weights, ids, weight_on_input, meanwhile)
+        return self._run(experts, x, weights, ids, weight_on_input, meanwhile)
+
+    def _run(
+        self, experts: nn.Module, x: Tensor, weights: Tensor, ids: Tensor, weight_on_input: bool,
+        meanwhile: Callable[[], Any] | None,
+    ) -> tuple[Tensor, Any]:  # fmt: skip
         device = x.device if isinstance(x, Tensor) else torch.device("cpu")
         if self.link is None or self.link.broken or self.link.device.type != device.type:
             self.link = connect(self.ranks, self.timeout, self.ranks_per_node, self.lane, device)
@@ -103,6 +110,8 @@ class Engine:
             for name in LINKS
         }
         return y, extra
+
+    _run_uncompiled = torch._disable_dynamo(_run)  # type: ignore[attr-defined]  # imports the compiler when called
 
     def _report(self, error: Exception) -> None:
         """This rank failed: it says so in the exchange that the others are in or will come to."""

@@ -19,7 +19,8 @@ from typing import Any
 
 from .faults import MoECommError
 
-_FRAME = struct.Struct("!4siiq")
+_FRAME = struct.Struct("!4siiiq")
+_REASONS = ("process", "heartbeat", "absent", "transport", "error")
 _MAGIC = b"MoEh"
 BEAT, FAILED, BYE = 0, 1, 2
 
@@ -30,6 +31,7 @@ class Peer:
     def __init__(self, connection: socket.socket) -> None:
         self.connection, self.read, self.unsent = connection, b"", b""
         self.heard, self.entered, self.state, self.suspect, self.gone = time.monotonic(), 0, BEAT, -1, False
+        self.reason = "transport"
 
 
 class Heartbeat:
@@ -40,7 +42,7 @@ class Heartbeat:
 
     def __init__(self, store: Any, position: int, ranks: list[int], timeout: float, host: str) -> None:
         self.position, self.ranks, self.entered = position, ranks, 0
-        self.state, self.suspect = BEAT, -1
+        self.state, self.suspect, self.reason = BEAT, -1, "transport"
         self.interval, self.grace = min(0.5, timeout / 8), min(0.6, timeout / 4)
         self._lock, self._open = threading.Lock(), True
         self.peers = _connect(store, position, ranks, timeout, host)
@@ -73,26 +75,27 @@ class Heartbeat:
         peer.read += data
         asked = False
         while len(peer.read) >= _FRAME.size:
-            magic, state, suspect, entered = _FRAME.unpack_from(peer.read)
+            magic, state, suspect, reason, entered = _FRAME.unpack_from(peer.read)
             peer.read = peer.read[_FRAME.size :]
-            if magic != _MAGIC or not -1 <= suspect < len(self.ranks):
+            if magic != _MAGIC or not (-1 <= suspect < len(self.ranks) and 0 <= reason < len(_REASONS)):
                 data = b""
                 break
             asked |= state == FAILED and peer.state != FAILED
             peer.entered, peer.heard = max(peer.entered, entered), time.monotonic()
-            peer.state, peer.suspect = max(peer.state, state), suspect
+            peer.state, peer.suspect, peer.reason = max(peer.state, state), suspect, _REASONS[reason]
         if asked:  # a roll call: answer now
             self.tell()
         if not data:
             peer.gone = True
         return bool(data)
 
-    def tell(self, state: int | None = None, suspect: int | None = None) -> None:
-        """Sends every rank a frame; one that does not read gets none."""
+    def tell(self, state: int = BEAT, suspect: int = -1, reason: str = "") -> None:
+        """Sends every rank a frame; one that does not read gets none. What was said once stays said."""
         with self._lock:
-            self.state = self.state if state is None else max(state, self.state)
-            self.suspect = self.suspect if suspect is None else suspect
-            frame = _FRAME.pack(_MAGIC, self.state, self.suspect, self.entered)
+            self.state = max(state, self.state)
+            self.suspect = self.suspect if suspect < 0 else suspect
+            self.reason = reason or self.reason
+            frame = _FRAME.pack(_MAGIC, self.state, self.suspect, _REASONS.index(self.reason), self.entered)
             for peer in self.peers.values():
                 if peer.gone:
                     continue
@@ -108,6 +111,10 @@ class Heartbeat:
         """Positions of ranks whose process is gone, without a word before."""
         return [at for at, peer in self.peers.items() if peer.gone and peer.state == BEAT]
 
+    def alarm(self) -> bool:
+        """Whether a rank is gone or has said that it failed: waiting for it is of no use."""
+        return any(peer.gone or peer.state != BEAT for peer in self.peers.values())
+
     def culprit(self) -> tuple[int, str, str]:
         """Asks everybody and waits a little: (position, field, why) of the rank that an exchange failed for."""
         began = time.monotonic()
@@ -118,7 +125,7 @@ class Heartbeat:
                 break
             time.sleep(0.005)
         found = found or self._likely(began)
-        self.tell(FAILED, found[0])
+        self.tell(FAILED, found[0], found[1])
         return found
 
     def _certain(self) -> tuple[int, str, str] | None:
@@ -126,7 +133,8 @@ class Heartbeat:
             return ended[0], "process", "its process has ended"
         for at, peer in self.peers.items():
             if peer.state == FAILED and peer.suspect >= 0:
-                return peer.suspect, "heartbeat", f"rank {self.ranks[at]} found it missing"
+                why = "it failed and said so" if peer.suspect == at else f"so rank {self.ranks[at]} found"
+                return peer.suspect, peer.reason, why
         for at, peer in self.peers.items():
             if peer.state == BYE:
                 return at, "process", "it has left the group"

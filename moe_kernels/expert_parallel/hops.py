@@ -44,6 +44,7 @@ class Call:
     def agree(self, phase: str, rows: int, counts: list[int]) -> list[list[int]]:
         fields = self.fields | {"phase": phase, "rows": rows, "tokens": self.tokens, "needs": self.needs}
         records = self.link.agree(fields, counts, phase)
+        self.link.owes = True
         if not self.agreed:
             self.agreed = True
             for record in records:

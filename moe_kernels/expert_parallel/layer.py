@@ -100,7 +100,7 @@ class ExpertParallel(nn.Module):
             return self.layer(x, **options)  # type: ignore[no-any-return]
         rows = x.flatten(0, -2) if isinstance(x, Tensor) and x.dim() > 2 else x
         y, _ = self.engine.run(self.experts, rows, topk_weights, topk_ids, **options)
-        return y.reshape(x.shape)  # type: ignore[no-any-return]
+        return y.reshape(x.shape)
 
     @property
     def plan(self) -> Any:

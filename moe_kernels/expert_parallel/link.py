@@ -24,7 +24,7 @@ from torch import Tensor
 
 from . import header
 from .faults import LOCAL_ERRORS, MoECommError
-from .heartbeat import Heartbeat, wait
+from .heartbeat import FAILED, Heartbeat, wait
 
 c10d: Any = dist.distributed_c10d
 
@@ -48,8 +48,9 @@ def connect(ranks: Sequence[int], timeout: float, ranks_per_node: int, lane: str
 class Link:
     """One rank's end of a private group.
 
-    ranks: global ranks in order; position: of this one in it; sent: bytes that the rows took, a (phase, class of link);
-    header_bytes: what the headers took besides. broken: why it is of no more use, or None.
+    ranks: global ranks in order; position: of this one in it. sent: bytes that the rows took, a (phase, class of link);
+    header_bytes: what the headers took besides. owes: a header has promised rows that are not posted yet.
+    broken: why it is of no more use, or None.
     """
 
     def __init__(self, ranks: list[int], timeout: float, ranks_per_node: int, lane: str, device: torch.device) -> None:
@@ -59,7 +60,7 @@ class Link:
         self.sequence, self.pid, self.lock = 0, os.getpid(), threading.RLock()
         self.broken: MoECommError | None = None
         self.sent: Counter[tuple[str, str]] = Counter()
-        self.header_bytes = 0
+        self.header_bytes, self.owes = 0, False
         self.heartbeat: Heartbeat | None = None
         if self.size > 1:
             self._connect(lane)
@@ -110,7 +111,14 @@ class Link:
                 raise MoECommError(self.ranks[self.position], "error", phase, _said(error)) from error
 
     def report(self, error: Exception, phase: str) -> None:
-        """Takes part in the next exchange only to say that this rank cannot; raises what all raise."""
+        """Takes part in the next exchange only to say that this rank cannot; raises what all raise.
+
+        Where the others wait for rows already, the heartbeat tells them, and the link is of no more use.
+        """
+        if self.owes and self.heartbeat is not None:
+            self.heartbeat.tell(FAILED, self.position, "error")
+            self.broken = MoECommError(self.ranks[self.position], "error", phase, _said(error))
+            raise self.broken from error
         try:
             self.agree({"status": 1, "phase": phase}, [0] * self.size, phase, _said(error))
         except MoECommError as verdict:
@@ -168,6 +176,7 @@ class Link:
 
     def post(self, phase: str, start: Callable[[], Any]) -> Any:
         """Starts a collective."""
+        self.owes = False
         if self.heartbeat is not None:
             self.heartbeat.entered += 1
         try:
@@ -183,16 +192,16 @@ class Link:
         if out.device.type == "cuda":
             work.wait()
             return out
-        deadline = time.monotonic() + self.timeout
+        deadline, alarmed = time.monotonic() + self.timeout, False
         while True:
             try:
                 work.wait(POLL)
                 return out
             except RuntimeError as error:
                 waiting = "timed out" in str(error) and not work.is_completed()
-                dead = self.heartbeat is not None and self.heartbeat.ended()
-                if not waiting or dead or time.monotonic() > deadline:
+                if not waiting or alarmed or time.monotonic() > deadline:
                     raise self._blame(phase, str(error)) from error
+                alarmed = self.heartbeat is not None and self.heartbeat.alarm()  # what is on its way may still come
 
     def _blame(self, phase: str, detail: str) -> MoECommError:
         """The error of a lost connection, with the rank that is its cause; the link is of no use after it."""

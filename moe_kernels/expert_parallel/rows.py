@@ -41,16 +41,26 @@ class Format:
         """rows [R, H], weights [R, K], ids int32 [R, K] -> uint8 [R, B]."""
         parts = list(quantize(rows)) if self.wire.itemsize == 1 else [rows]
         parts += [part for part in (ids, weights) if part is not None]
-        return torch.cat([part.contiguous().view(torch.uint8) for part in parts], 1)
+        return torch.cat([_bytes(part) for part in parts], 1)
 
     def unpack(self, data: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The reverse; None for what the format has none of."""
         elements, scales, ids, weights = data.split(self.sizes, 1)
-        rows = elements.contiguous().view(self.wire)
+        rows = _read(elements, self.wire)
         if self.wire.itemsize == 1:
-            rows = dequantize(rows, scales.contiguous().view(torch.float32), self.dtype)
-        found = weights.contiguous().view(self.weights_dtype) if self.weights else None
-        return rows, found, ids.contiguous().view(torch.int32) if self.ids else None
+            rows = dequantize(rows, _read(scales, torch.float32), self.dtype)
+        found = _read(weights, self.weights_dtype) if self.weights else None
+        return rows, found, _read(ids, torch.int32) if self.ids else None
+
+
+def _bytes(part: Tensor) -> Tensor:
+    """[R, n] as bytes. Strides are said anew: those of a size 0 or 1 may be anything in a contiguous tensor."""
+    return part.contiguous().as_strided(part.shape, (part.shape[1], 1)).view(torch.uint8)
+
+
+def _read(part: Tensor, dtype: torch.dtype) -> Tensor:
+    """Columns of bytes as dtype. A copy always: a single row counts as contiguous wherever it begins."""
+    return part.clone(memory_format=torch.contiguous_format).view(dtype)
 
 
 def quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
