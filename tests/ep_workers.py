@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What one rank does in test_expert_parallel.py: many cases in one set of processes, each against a single process.
 
-Every rank builds the whole case, takes its share of the tokens and checks its own results; a check that fails, fails all.
+Every rank builds the whole case, takes its share of the tokens and checks its own results. One wrong result fails all.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from .faults import MoECommError
 _FRAME = struct.Struct("!4siiiq")
 _REASONS = ("process", "heartbeat", "absent", "transport", "error")
 _MAGIC = b"MoEh"
-BEAT, FAILED, BYE = 0, 1, 2
+BEAT, BYE, FAILED = 0, 1, 2
 
 
 class Peer:
