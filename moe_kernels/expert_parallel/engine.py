@@ -45,6 +45,7 @@ class Engine:
     """Settings of a layer over a group of ranks, and what its last forward did.
 
     owner, place: int64 [E], position in the group and index there of every expert, -1 for one that is nowhere.
+    any_top_k: the router gives tokens a number of experts that differs from rank to rank.
     """
 
     ranks: list[int]
@@ -57,6 +58,7 @@ class Engine:
     dispatch_dtype: torch.dtype | None
     ranks_per_node: int
     lane: str
+    any_top_k: bool = False
     plan: Any = None
     dropped: Tensor | None = None
     bytes_sent: dict[str, int] = field(default_factory=lambda: dict.fromkeys(LINKS, 0))
@@ -140,11 +142,15 @@ class Engine:
         wire = x.dtype if self.dispatch_dtype is None else self.dispatch_dtype
         fields: dict[str, header.Value] = {
             "layer": self.layout,
-            "transport": f"{self.transport} {self.capacity_factor} {self.ranks_per_node} {self.chunks}",
-            "experts": self.owner.shape[0], "hidden": x.shape[1], "top_k": ids.shape[1], "dtype": str(x.dtype),
+            "transport": self._transport_field(),
+            "experts": self.owner.shape[0], "hidden": x.shape[1], "top_k": 0 if self.any_top_k else ids.shape[1],
+            "dtype": str(x.dtype),
             "wire": str(wire), "capacity": self._capacity(x, ids), "grad_mode": grad,
         }  # fmt: skip
-        return Call(self.link, fields, wire, bits, x.shape[0])
+        return Call(self.link, fields, wire, bits, x.shape[0], ids.shape[1])
+
+    def _transport_field(self) -> str:
+        return f"{self.transport} {self.capacity_factor} {self.ranks_per_node} {self.chunks}"
 
     def _capacity(self, x: Tensor, ids: Tensor) -> int:
         if self.capacity_factor is None:
@@ -160,7 +166,7 @@ class Engine:
             tokens = math.ceil(sum(header.field(record, "tokens") for record in records) / len(records))
             self.transport, chunks = self._choose(tokens, x, ids.shape[1])
             self.chunks = self.chunks or chunks
-            call.fields = self._call(x, x, ids, False).fields
+            call.fields["transport"] = self._transport_field()
         return self.chunks or 1
 
     def _choose(self, tokens: int, x: Tensor, top_k: int) -> tuple[str, int]:

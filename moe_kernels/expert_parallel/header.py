@@ -18,7 +18,7 @@ MAGIC, VERSION = 0x4D4F4531, 1
 AGREED = ("magic", "version", "sequence", "phase", "layer", "transport", "experts", "hidden", "top_k", "dtype", "wire",
           "capacity", "grad_mode")  # fmt: skip
 """fields that must be the same everywhere; strings travel as their crc32"""
-OWN = ("status", "tokens", "rows", "needs", "text_size")
+OWN = ("status", "tokens", "rows", "width", "needs", "text_size")
 FIELDS = AGREED + OWN
 TEXT = 20
 """int64 of text: why a rank failed"""
@@ -71,6 +71,8 @@ def judge(records: Sequence[Sequence[int]], ranks: Sequence[int], phase: str) ->
         rows, sent = field(record, "rows"), counts(record)
         if not 0 <= rows <= MAX_ROWS or not 0 <= field(record, "tokens") <= MAX_ROWS:
             raise MoECommError(rank, "rows", phase, f"it has 0..{MAX_ROWS} rows, says {rows}")
+        if not 0 <= field(record, "width") <= MAX_ROWS:
+            raise MoECommError(rank, "width", phase, f"a token has no {field(record, 'width')} experts")
         if any(not 0 <= n <= rows for n in sent):
             wrong = next(n for n in sent if not 0 <= n <= rows)
             raise MoECommError(rank, "counts", phase, f"it sends a peer 0..rows={rows} rows, says {wrong}")

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .. import ops
 from . import header
@@ -31,7 +32,8 @@ INPUTS, PARAMETERS = 1, 2
 class Call:
     """One forward of the layer: what its hops share.
 
-    fields: of the header, the same for every exchange. needs: of this rank; after the first header, of all.
+    fields: of the header, the same for every exchange. needs, width: of this rank; after the first header, of all:
+    whose gradients are wanted, and the most experts of a token.
     """
 
     link: Link
@@ -39,16 +41,19 @@ class Call:
     wire: torch.dtype
     needs: int
     tokens: int
+    width: int
     agreed: bool = False
 
     def agree(self, phase: str, rows: int, counts: list[int]) -> list[list[int]]:
-        fields = self.fields | {"phase": phase, "rows": rows, "tokens": self.tokens, "needs": self.needs}
+        own = {"rows": rows, "tokens": self.tokens, "needs": self.needs, "width": self.width}
+        fields = self.fields | {"phase": phase, **own}
         records = self.link.agree(fields, counts, phase)
         self.link.owes = True
         if not self.agreed:
             self.agreed = True
             for record in records:
                 self.needs |= header.field(record, "needs")
+                self.width = max(self.width, header.field(record, "width"))
         return records
 
     def anchor(self, mask: int) -> Tensor | None:
@@ -139,6 +144,7 @@ class Hop:
             token = slot // K
             here = to[token] == first.flatten()[slot][:, None]
             ids, weights = torch.where(here, ids[token], -1), torch.where(here, weights[token], 0)
+            ids, weights = widened(ids, weights, self.call.width)
         else:
             ids, weights = ids.flatten()[slot][:, None], weights.flatten()[slot][:, None]
         self.shape = (T, K)
@@ -194,13 +200,13 @@ class Gathered:
         records = self.call.agree("dispatch", self.tokens, [self.tokens] * self.call.link.size)
         self.most = max(header.field(record, "rows") for record in records)
         more = (0, 0, 0, self.most - self.tokens)
-        pad = torch.nn.functional.pad
+        ids, weights = widened(ids, weights, self.call.width)
         self.journey = Journey(
             lambda rows, w, i: self._gather("dispatch", rows, w, i),
             lambda rows, w, _: self._sum("dispatch backward", rows, w),
             self.call.anchor(INPUTS),
         )
-        self.ticket = self.journey.begin(pad(x, more), pad(weights, more), pad(ids.int(), more, value=-1))
+        self.ticket = self.journey.begin(F.pad(x, more), F.pad(weights, more), F.pad(ids.int(), more, value=-1))
 
     def arrived(self) -> Freight:
         return self.journey.end(self.ticket)
@@ -243,6 +249,12 @@ def look_up(table: Tensor, ids: Tensor) -> Tensor:
     """table[ids], -1 for an id that has no entry."""
     known = (ids >= 0) & (ids < table.shape[0])
     return torch.where(known, table[torch.where(known, ids, 0).long()], -1)
+
+
+def widened(ids: Tensor, weights: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """With columns of no expert, up to the most that a token of any rank has."""
+    more = (0, width - ids.shape[1])
+    return F.pad(ids, more, value=-1), F.pad(weights, more)
 
 
 def repeated(to: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import check
 from ..layers import MoELayer
+from ..routers import ExpertChoice
 from .engine import DISPATCH_DTYPES, TRANSPORTS, Engine, owners, places
 
 _OP = "ExpertParallel"
@@ -83,6 +84,7 @@ class ExpertParallel(nn.Module):
                     p.register_hook(lambda grad: grad / len(ranks))
         if isinstance(layer, MoELayer):
             layer.parallel = self.engine
+            self.engine.any_top_k = isinstance(getattr(layer.router, "rule", None), ExpertChoice)
             self.layer = layer
         else:
             self.experts = experts
