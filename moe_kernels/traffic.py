@@ -7,7 +7,7 @@ Letters: W ranks, g ranks a node, N nodes, T tokens of a rank, H hidden, K exper
     rank_dedup  a row for every (token, rank): a token goes once to a rank, however many of its experts live there
     two_level   a row for every (token, node) to the rank of the same place on that node ("rail"), and from there one
                 for every (token, rank) inside the node ("node")
-    allgather   every token to every rank
+    allgather   every token to every rank, filled up to the tokens of the fullest rank
 
 The combine moves the same rows the other way. Which rank sends what is decided here and nowhere else.
 """
@@ -127,11 +127,11 @@ def exact_traffic(
     check.tensor(op, "placement", owner, check.IDS, [("E", num_experts)])
     check.values(op, "placement", owner, 0, W, "a rank")
     hit = _rank_slots(ids, owner.long().cpu(), W)
-    tokens = torch.tensor([len(t) for t in ids])
+    tokens = torch.tensor([max(len(t) for t in ids)])  # a collective of one size everywhere
     moved = {"flat": {"flat": _sum(hit)}, "rank_dedup": {"rank_dedup": _sum([h.clamp(max=1) for h in hit])}}
     if W % ranks_per_node == 0 or ranks_per_node > W:
         moved["two_level"] = _two_level([h > 0 for h in hit], min(ranks_per_node, W))
-    moved["allgather"] = {"allgather": tokens[:, None].expand(W, W).contiguous()}
+    moved["allgather"] = {"allgather": tokens.expand(W, W).contiguous()}
     beside = {name: metadata_bytes(name, K, dispatch_dtype) for name in TRANSPORTS} | (metadata or {})
     back = row_bytes(hidden, combine_dtype)
     return {
