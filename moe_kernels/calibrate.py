@@ -107,4 +107,4 @@ def _time(group: Any, peers: list[int], size: int, repeats: int, device: str | t
         times.append((time.perf_counter() - start) * 1e6)
     slowest: Tensor = torch.tensor(times[1:], dtype=torch.float64, device=device)
     dist.all_reduce(slowest, dist.ReduceOp.MAX, group)
-    return statistics.median(slowest.tolist())
+    return float(statistics.median(slowest.tolist()))
