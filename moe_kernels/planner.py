@@ -23,8 +23,6 @@ from .traffic import LINKS, TRANSPORTS, Traffic, exact_traffic, metadata_bytes, 
 
 __all__ = ["Cost", "Links", "Plan", "exact_traffic", "metadata_bytes", "owners", "plan", "row_bytes"]
 
-CHOICES = ("flat", "two_level", "allgather")
-"""what `ExpertParallel` can run; rank_dedup is planned for comparison"""
 MAX_CHUNKS = 8
 MIN_ROWS = 128
 """rows that an expert keeps in every chunk: a smaller product wastes the tile"""
@@ -132,7 +130,8 @@ def plan(
         T, H, I, E, K: tokens of a rank, hidden size, expert width (gated), experts, experts a token.
         world_size: W.
         gpus_per_node: g. two_level needs W to be a multiple of it, or less.
-        dispatch_dtype, combine_dtype: of the rows that go and come back; a float8 row carries its scales.
+        dispatch_dtype, combine_dtype: of the rows that go, and that come back (the layer's own). A float8 row carries
+            its scales.
         links: speeds of the cluster, `Links()` by default; `calibrate.calibrate()` measures them.
         nodes_per_token: M, the nodes a token's experts are confined to; None: any.
         load: [E] counts or shares of the experts, such as a Monitor's; None: all alike. Not with nodes_per_token.
@@ -158,7 +157,7 @@ def plan(
         check.refuse("plan", "metadata", f"by transport ({', '.join(TRANSPORTS)})", repr(metadata))
     shape = Shape(T, E, K, world_size, min(gpus_per_node, world_size))
     found = flows(shape, load=load, nodes_per_token=nodes_per_token, topk_ids=topk_ids, placement=placement)
-    beside = {name: metadata_bytes(name, K, dispatch_dtype) for name in TRANSPORTS} | (metadata or {})
+    beside = {name: metadata_bytes(name, K, combine_dtype) for name in TRANSPORTS} | (metadata or {})
     widths = {name: row_bytes(H, dispatch_dtype, beside[name]) for name in TRANSPORTS}
     back = row_bytes(H, combine_dtype)
     phases = {
@@ -167,7 +166,7 @@ def plan(
     }
     compute = 6 * H * I * T * world_size * float(found.slots.max()) / (links.tflops * 1e6)
     best = {name: _best_chunks(shape, pair, compute) for name, pair in phases.items()}
-    transport = min((name for name in CHOICES if name in best), key=lambda name: best[name][0])
+    transport = min(best, key=lambda name: best[name][0])
     recv, drops = found.received[transport], _drops(shape, found.load, capacity_factor)
     traffic = None
     if topk_ids is not None:

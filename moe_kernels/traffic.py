@@ -41,11 +41,10 @@ def row_bytes(hidden: int, dtype: torch.dtype, metadata: int = 0) -> int:
 
 
 def metadata_bytes(transport: str, top_k: int, dtype: torch.dtype = torch.float32) -> int:
-    """Bytes that a dispatched row carries beside the hidden state: K int32 ids and K weights where the receiver has to
-    tell the experts (weights float64 for a float64 row, else float32); nothing for flat, whose rows come in the order
-    of the experts with their counts ahead. A combined row carries nothing."""
+    """Bytes that a dispatched row carries beside the hidden state: int32 ids and weights (float64 for a float64 layer,
+    else float32), K of both, or one where a row is for one expert (flat). A combined row carries nothing."""
     check.choice("metadata_bytes", "transport", transport, TRANSPORTS)
-    return 0 if transport == "flat" else top_k * (4 + (8 if dtype == torch.float64 else 4))
+    return (1 if transport == "flat" else top_k) * (4 + (8 if dtype == torch.float64 else 4))
 
 
 def owners(num_experts: int, world_size: int) -> Tensor:
@@ -78,6 +77,13 @@ class Traffic:
         """Bytes that a rank sends to others in the combine."""
         return sum(int(m[:, rank].sum() - m[rank, rank]) for m in self.rows.values()) * self.combine_row_bytes
 
+    def bytes_sent(self, rank: int) -> dict[str, int]:
+        """Bytes that a rank sends to others in dispatch and combine, a class of link."""
+        return {
+            link: int(rows[rank].sum()) * self.row_bytes + int(rows[:, rank].sum()) * self.combine_row_bytes
+            for link, rows in self.link_rows().items()
+        }
+
     def link_rows(self) -> dict[str, Tensor]:
         """int64 [W, W] a class of link: rows of the dispatch from rank to rank, what stays on a rank left out."""
         total = torch.stack(list(self.rows.values())).sum(0)
@@ -106,7 +112,7 @@ def exact_traffic(
         num_experts: E.
         ranks_per_node: g. A W that it does not divide has a smaller last node, and no two_level.
         hidden: H.
-        dispatch_dtype, combine_dtype: of the rows that go and come back.
+        dispatch_dtype, combine_dtype: of the rows that go, and that come back (the layer's own).
         placement: int [E], the rank of every expert; `owners(E, W)` by default.
         metadata: transport -> bytes beside a dispatched row; `metadata_bytes` by default.
     Returns:
@@ -132,7 +138,7 @@ def exact_traffic(
     if W % ranks_per_node == 0 or ranks_per_node > W:
         moved["two_level"] = _two_level([h > 0 for h in hit], min(ranks_per_node, W))
     moved["allgather"] = {"allgather": tokens.expand(W, W).contiguous()}
-    beside = {name: metadata_bytes(name, K, dispatch_dtype) for name in TRANSPORTS} | (metadata or {})
+    beside = {name: metadata_bytes(name, K, combine_dtype) for name in TRANSPORTS} | (metadata or {})
     back = row_bytes(hidden, combine_dtype)
     return {
         name: Traffic(rows, row_bytes(hidden, dispatch_dtype, beside[name]), back, ranks_per_node)

@@ -38,6 +38,6 @@ def test_figures_are_the_planners() -> None:
     found = []
     for M, name in ((None, "flat"), (None, "two_level"), (4, "two_level")):
         p = mk.plan(4096, 7168, 2048, 256, 8, 64, dispatch_dtype=torch.float8_e4m3fn, nodes_per_token=M,
-                    metadata={"two_level": 0})  # fmt: skip
+                    metadata={"flat": 0, "two_level": 0})  # fmt: skip
         found.append(round(p.phases[name][0].total_us(8)))
     assert said == found

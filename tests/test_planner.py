@@ -72,6 +72,15 @@ def test_counted_rows_are_those_of_a_walk_over_all_tokens(W: int, g: int, E: int
             )
             assert traffic.sent(rank) == out * (16 * 2 + metadata_bytes(name, K))
             assert traffic.returned(rank) == back * 16 * 2
+            both = traffic.bytes_sent(rank)
+            assert sum(both.values()) == traffic.sent(rank) + traffic.returned(rank)
+            away = {
+                side: sum(
+                    c for p in phases for (i, j), c in want[p].items() if (i, j)[side] == rank and i // g != j // g
+                )
+                for side in (0, 1)
+            }
+            assert both["nic"] == away[0] * traffic.row_bytes + away[1] * 16 * 2
         between = sum(c for p in phases for (i, j), c in want[p].items() if i // g != j // g)
         assert traffic.link_bytes()["nic"] == between * traffic.row_bytes
     if g > 1 and g < W:  # the twin: another count is seen
@@ -90,8 +99,8 @@ def test_row_and_metadata_bytes() -> None:
     assert row_bytes(7168, F8) == 7168 + 56 * 4 == 7392
     assert row_bytes(7168, BF16) == 14336
     assert row_bytes(129, F8, 64) == 129 + 8 + 64
-    assert [metadata_bytes(n, 8) for n in ("flat", "two_level", "allgather")] == [0, 64, 64]
-    assert metadata_bytes("two_level", 8, torch.float64) == 96
+    assert [metadata_bytes(n, 8) for n in ("flat", "two_level", "allgather")] == [8, 64, 64]
+    assert metadata_bytes("two_level", 8, torch.float64) == 96 and metadata_bytes("flat", 8, torch.float64) == 12
     assert row_bytes(2**40, torch.float64) == 2**43
 
 
