@@ -8,12 +8,14 @@ import importlib.util
 import os
 import shutil
 import subprocess
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import processes
 import pytest
+import torch
 
 _host = pytest.importorskip("moe_kernels._host", reason="the compiled library is not built")
 NcclCommunicator = _host.NcclCommunicator
@@ -96,6 +98,50 @@ def test_libraries_that_are_not_there(tmp_path: Path, library: str) -> None:
         NcclCommunicator.unique_id(str(tmp_path / "none.so"), library)
     with pytest.raises(RuntimeError, match="the library has no ncclGetVersion"):
         NcclCommunicator.unique_id("libm.so.6", library)
+
+
+def alone(library: str) -> Any:
+    return NcclCommunicator(
+        1, 0, NcclCommunicator.unique_id(library, library), nccl=library, cuda=library, timeout=30.0
+    )
+
+
+def test_threads_take_turns(library: str) -> None:
+    """Four threads on one communicator: every exchange brings its own bytes."""
+    comm, wrong = alone(library), []
+
+    def use(thread: int) -> None:
+        for i in range(50):
+            send = torch.full((1000,), thread * 50 + i, dtype=torch.int64)
+            receive = torch.zeros_like(send)
+            comm.all_to_all(send.data_ptr(), [send.nbytes], receive.data_ptr(), [send.nbytes]).wait(30.0)
+            if not torch.equal(send, receive):
+                wrong.append((thread, i))
+
+    threads = [threading.Thread(target=use, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_what_outlives_what(library: str) -> None:
+    """Work keeps its communicator; communicators that end, in order or not, keep no file open."""
+    send, receive = torch.arange(100), torch.zeros(100, dtype=torch.int64)
+    comm = alone(library)
+    work = comm.all_to_all(send.data_ptr(), [800], receive.data_ptr(), [800])
+    del comm
+    work.wait(30.0)
+    assert torch.equal(send, receive)
+    before, shared = len(os.listdir("/proc/self/fd")), set(os.listdir("/dev/shm"))
+    for i in range(40):
+        comm = alone(library)
+        if i % 2:
+            comm.close()
+    del comm
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert not [n for n in set(os.listdir("/dev/shm")) - shared if n.startswith("moe_standin_")]
 
 
 # ---- NCCL itself
