@@ -27,6 +27,7 @@ from .ops import (  # noqa: E402
     route,
     unpermute,
 )
+from .planner import plan  # noqa: E402
 from .routers import Router  # noqa: E402
 
 _hf.install_hook()
@@ -57,6 +58,7 @@ __all__ = [
     "losses",
     "pack_experts",
     "permute",
+    "plan",
     "presets",
     "reference",
     "replace",

@@ -11,6 +11,7 @@
 #include "../cpu/choice.h"
 #include "../cpu/isa.h"
 #include "../cpu/limits.h"
+#include "comm.h"
 
 namespace py = pybind11;
 using namespace moe::cpu;
@@ -40,6 +41,7 @@ py::tuple panel_way(int64_t row_stride, int64_t col_stride, bool padded, int64_t
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
+  bind_comm(m);
   m.attr("build_info") = py::dict(py::arg("compiler") = __VERSION__, py::arg("cplusplus") = long(__cplusplus));
   m.def(
       "active_isa", [] { return isa_name(active_isa()); },
