@@ -32,6 +32,7 @@ import torch.distributed as dist
 import moe_kernels as mk
 from moe_kernels.expert_parallel import header, hops
 from moe_kernels.layers import Experts
+from moe_kernels.traffic import owners
 
 E, H, I, K, T = 8, 16, 8, 3, 16
 TRANSPORTS = ("flat", "rank_dedup", "two_level", "allgather")
@@ -90,7 +91,7 @@ def rank_main(job: dict[str, Any], rank: int, say: Say) -> None:
     if job["fault"] in BREAKING or rank == job["victim"]:
         return
     alive = [r for r in ranks if r != job["victim"]]
-    owner = mk.expert_parallel.engine.owners(E, len(ranks)).tolist()
+    owner = owners(E, len(ranks)).tolist()
     new = [alive.index(r) if r in alive else -1 for r in owner]
     ep = mk.ExpertParallel(experts(), alive, placement=new, **(words | {"ranks_per_node": 1, "timeout": 10.0}))
     say(rebuilt=step_is_right(ep, whole, rank, 2))

@@ -10,6 +10,8 @@ import processes
 import pytest
 import torch
 
+from moe_kernels.planner import exact_traffic
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -43,3 +45,25 @@ def test_static_capacity(world: int, folder: Path) -> None:
 @pytest.mark.parametrize("world", [2])
 def test_float8_rows(world: int, folder: Path) -> None:
     assert processes.run("ep_workers:float8", folder, world=world) == [2, 2]
+
+
+def test_rows_and_bytes_are_those_of_the_plan(folder: Path) -> None:
+    """Every expert gets exactly its slots; every rank sends exactly the bytes that the planner counts for it."""
+    ranks, case = processes.run("ep_workers:arrivals", folder, world=4), ep_workers.integers()
+    ids = case.topk_ids.view(4, 6, -1)
+    counts = torch.bincount(ids.flatten(), minlength=8).view(4, 2)
+    for (transport, dtype), _ in ranks[0].items():
+        chosen = ranks[0][transport, dtype]["plan"].transport if transport == "auto" else transport
+        expected = exact_traffic(ids, 8, ranks_per_node=2, hidden=6, dispatch_dtype=dtype or torch.float64,
+                                 combine_dtype=torch.float64)[chosen]  # fmt: skip
+        for rank, found in enumerate(ranks):
+            one = found[transport, dtype]
+            assert torch.equal(one["counts"], counts[rank])
+            sent = {kind: sum(n for (phase, _), n in one["phases"].items() if phase.startswith(kind))
+                    for kind in ("dispatch", "combine")}  # fmt: skip
+            assert sent == {"dispatch": expected.sent(rank), "combine": expected.returned(rank)}, (transport, rank)
+            assert sum(one["sent"].values()) == sum(sent.values()) > 0
+            for link, rows in expected.link_rows().items():
+                bytes_of_link = int(rows[rank].sum()) * expected.row_bytes
+                bytes_of_link += int(rows[:, rank].sum()) * expected.combine_row_bytes
+                assert one["sent"][link] == bytes_of_link, (transport, link)

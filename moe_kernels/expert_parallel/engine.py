@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .. import check
 from ..capacity import Capacity
+from ..planner import Plan, plan
 from ..schemas import acc_dtype
 from . import header
 from .hops import INPUTS, PARAMETERS, Call, Gathered, Hop, TwoLevel, look_up
@@ -59,7 +60,8 @@ class Engine:
     ranks_per_node: int
     lane: str
     any_top_k: bool = False
-    plan: Any = None
+    intermediate_size: int = 0
+    plan: Plan | None = None
     dropped: Tensor | None = None
     bytes_sent: dict[str, int] = field(default_factory=lambda: dict.fromkeys(LINKS, 0))
     shakes: Handshakes = field(default_factory=Handshakes)
@@ -160,21 +162,24 @@ class Engine:
     def _resolve(self, call: Call, x: Tensor, ids: Tensor) -> int:
         """Chooses transport and chunks in the first forward, by the mean of the ranks' tokens; returns the chunks."""
         if self.transport == "auto" and self.capacity_factor is None:
-            records = call.link.agree(
-                call.fields | {"tokens": x.shape[0], "phase": "plan"}, [0] * call.link.size, "plan"
-            )
+            own: dict[str, header.Value] = {"tokens": x.shape[0], "width": ids.shape[1], "phase": "plan"}
+            records = call.link.agree(call.fields | own, [0] * call.link.size, "plan")
             tokens = math.ceil(sum(header.field(record, "tokens") for record in records) / len(records))
-            self.transport, chunks = self._choose(tokens, x, ids.shape[1])
-            self.chunks = self.chunks or chunks
+            width = max(header.field(record, "width") for record in records)
+            self.plan = self.planned(tokens, x, width)
+            self.transport, self.chunks = self.plan.transport, self.chunks or self.plan.chunks
             call.fields["transport"] = self._transport_field()
         return self.chunks or 1
 
-    def _choose(self, tokens: int, x: Tensor, top_k: int) -> tuple[str, int]:
-        """A group inside a node needs no second level, a token with experts nearly everywhere no choice of ranks."""
-        W, g = len(self.ranks), self.ranks_per_node
-        if top_k >= W and W > 1:
-            return "allgather", 1
-        return ("two_level" if g < W and W % g == 0 else "rank_dedup"), 1
+    def planned(self, tokens: int, x: Tensor, top_k: int) -> Plan:
+        """What the planner says of a layer with so many tokens a rank."""
+        E = self.owner.shape[0]
+        return plan(
+            tokens, x.shape[1], self.intermediate_size or x.shape[1], E, min(top_k, E), len(self.ranks),
+            gpus_per_node=self.ranks_per_node, dispatch_dtype=self.dispatch_dtype or x.dtype, combine_dtype=x.dtype,
+            capacity_factor=self.capacity_factor,
+            placement=None if bool((self.owner < 0).any()) else self.owner.cpu(),
+        )  # fmt: skip
 
     def _hop(self, call: Call) -> Hop | TwoLevel | Gathered | Slotted:
         if self.capacity_factor is not None:
@@ -220,13 +225,6 @@ class Engine:
         """With a static capacity on a GPU, where nothing waits for the host: raises for a rank that failed."""
         if self.link is not None:
             self.shakes.raise_if_flagged(self.link, "dispatch")
-
-
-def owners(num_experts: int, world_size: int) -> Tensor:
-    """int64 [E]: contiguous blocks; the first E % W ranks hold one more."""
-    held = torch.full((world_size,), num_experts // world_size)
-    held[: num_experts % world_size] += 1
-    return torch.repeat_interleave(torch.arange(world_size), held)
 
 
 def places(owner: Tensor, world_size: int) -> Tensor:

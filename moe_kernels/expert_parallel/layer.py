@@ -12,9 +12,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import check
-from ..layers import MoELayer
+from ..layers import Experts, MoELayer
+from ..planner import Plan
 from ..routers import ExpertChoice
-from .engine import DISPATCH_DTYPES, TRANSPORTS, Engine, owners, places
+from ..traffic import owners
+from .engine import DISPATCH_DTYPES, TRANSPORTS, Engine, places
 
 _OP = "ExpertParallel"
 
@@ -47,8 +49,10 @@ class ExpertParallel(nn.Module):
         average_gradients: divide the experts' gradients by the number of ranks, as data parallelism does with others.
         lane: layers of the same group and lane share a connection. Threads that run layers at once need a lane each.
     Attributes:
-        plan: of the planner, or None. bytes_sent: class of link ("nic" between nodes, "nvlink" inside) -> bytes of
-        rows that this rank sent in the last forward. dropped: bool [T, K] of the last forward with a capacity.
+        plan: of `moe_kernels.plan`, once "auto" has asked for it in the first forward.
+        bytes_sent: class of link ("nic" between nodes, "nvlink" inside) -> bytes of rows that this rank sent in the
+            last forward.
+        dropped: bool [T, K] of the last forward with a capacity.
 
     Errors: TypeError, ValueError here; `MoECommError` on all ranks in forward and backward.
     """
@@ -77,6 +81,8 @@ class ExpertParallel(nn.Module):
                              min(per_node, len(ranks)), lane)  # fmt: skip
         if held is not None:
             keep_local(experts, owner, place, self.engine.position)
+        if isinstance(experts, Experts):
+            self.engine.intermediate_size = int(experts.w2.shape[2])
         shard(experts, owner, group, len(ranks))
         if average_gradients:
             for p in experts.parameters():
@@ -105,7 +111,7 @@ class ExpertParallel(nn.Module):
         return y.reshape(x.shape)
 
     @property
-    def plan(self) -> Any:
+    def plan(self) -> Plan | None:
         return self.engine.plan
 
     @property
