@@ -113,4 +113,5 @@ OPS = Extension(
     py_limited_api=True,
     **COMMON,
 )
-setup(ext_modules=[OPS, Extension("moe_kernels._host", FILES["host"], **COMMON)], cmdclass={"build_ext": Build})
+HOST = Extension("moe_kernels._host", FILES["host"], libraries=["dl"], **COMMON)
+setup(ext_modules=[OPS, HOST], cmdclass={"build_ext": Build})

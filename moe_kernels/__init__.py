@@ -11,6 +11,7 @@ from . import hf as _hf  # noqa: E402  the ops come after the library that imple
 from .balance import Balance, Reinit  # noqa: E402
 from .capacity import Capacity, limit_capacity  # noqa: E402
 from .dropout import Dropout  # noqa: E402
+from .expert_parallel import ExpertParallel, MoECommError  # noqa: E402
 from .explain import Explanation, explain  # noqa: E402
 from .hf import ReplaceReport, replace, restore  # noqa: E402
 from .layers import MoELayer  # noqa: E402
@@ -27,6 +28,7 @@ from .ops import (  # noqa: E402
     route_with_sums,
     unpermute,
 )
+from .planner import plan  # noqa: E402
 from .routers import Router  # noqa: E402
 
 _hf.install_hook()
@@ -35,7 +37,9 @@ __all__ = [
     "Balance",
     "Capacity",
     "Dropout",
+    "ExpertParallel",
     "Explanation",
+    "MoECommError",
     "MoELayer",
     "Monitor",
     "PackedExperts",
@@ -55,6 +59,7 @@ __all__ = [
     "losses",
     "pack_experts",
     "permute",
+    "plan",
     "presets",
     "reference",
     "replace",

@@ -9,9 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-NOT_BUILT = {
-    "plan": "the cost of expert parallelism on a cluster",
-}
+from . import plan_report
 
 
 def parser() -> argparse.ArgumentParser:
@@ -38,8 +36,7 @@ def parser() -> argparse.ArgumentParser:
     plot.add_argument("source", help="a file of Monitor.save")
     plot.add_argument("--out", default="moe.png", metavar="FILE", help="the picture, .png or .svg (moe.png)")
     plot.add_argument("--layer", help="of the parts that show one layer (the first)")
-    for word, what in NOT_BUILT.items():
-        words.add_parser(word, help=f"not built yet: {what}")
+    plan_report.add_arguments(words.add_parser("plan", help="the cost of expert parallelism on a cluster"))
     return top
 
 
@@ -58,11 +55,8 @@ def bench(arguments: Sequence[str]) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one word; returns the exit code (2: the word is not built yet, or something it needs is missing)."""
+    """Run one word; returns the exit code (2: something it needs is missing)."""
     asked, rest = parser().parse_known_args(arguments)
-    if asked.word in NOT_BUILT:
-        print(f"moe_kernels {asked.word}: not built yet ({NOT_BUILT[asked.word]}).", file=sys.stderr)
-        return 2
     if asked.word == "bench":
         return bench(rest)
     if rest:
@@ -75,6 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from . import inspect
 
         return inspect.run(asked.source, as_json=asked.json, dtype=asked.dtype, device=asked.device)
+    if asked.word == "plan":
+        return plan_report.run(asked)
     if asked.word == "plot":
         from . import plots
 

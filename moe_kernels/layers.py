@@ -17,7 +17,8 @@ Rows of w13 are [gate; up], or I rows without a gate.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,9 @@ from .losses import GlobalCounts, Load, Loss, LossInputs, ZLoss, groups_of, reso
 from .ops import Routing
 from .routers import INITS, Gate, RouterFn, RouterSettings, draw, make_gate
 from .schemas import ACTIVATIONS, acc_dtype
+
+if TYPE_CHECKING:
+    from .expert_parallel.engine import Engine
 
 
 class Experts(nn.Module):
@@ -173,6 +177,8 @@ class MoELayer(nn.Module):
         self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False, **place) if shared_gate else None
         self.aux_loss: Tensor = torch.zeros(())
         self.last_routing: Routing | None = None
+        self.parallel: Engine | None = None
+        """set by `ExpertParallel`: the experts are spread over ranks"""
         self.reset_parameters()
 
     def _check_combination(self) -> None:
@@ -271,12 +277,8 @@ class MoELayer(nn.Module):
                                           protected=spared, counters=self.router.draws)  # fmt: skip
         if self.attach_losses:
             routing = routing._replace(topk_weights=_Attach.apply(routing.topk_weights, aux))  # type: ignore[no-untyped-call]
-        y = self._experts(rows, routing)
-        if self.shared_experts is not None:
-            shared = self.shared_experts(rows)
-            if self.shared_expert_gate is not None:
-                shared = torch.sigmoid(self.shared_expert_gate(rows)) * shared
-            y = y + shared
+        y, shared = self._experts(rows, routing)
+        y = y if shared is None else y + shared
         if not torch.compiler.is_exporting():  # an exported graph has no side effects
             self.aux_loss = aux
             self.last_routing = Routing._make(None if t is None else t.detach() for t in routing)
@@ -288,8 +290,8 @@ class MoELayer(nn.Module):
                          ValueError if isinstance(x, Tensor) and x.dtype in check.FLOATS else TypeError)  # fmt: skip
         return x.reshape(-1, self.hidden_size)
 
-    def _experts(self, rows: Tensor, routing: Routing) -> Tensor:
-        """The routed experts and the identity ones, with dropout in training."""
+    def _experts(self, rows: Tensor, routing: Routing) -> tuple[Tensor, Tensor | None]:
+        """The routed experts and the identity ones, with dropout in training; and the shared ones."""
         weights, ids, options = routing.topk_weights, routing.topk_ids, {}
         if self.training and self.dropout is not None:
             if self.dropout.output:
@@ -297,13 +299,24 @@ class MoELayer(nn.Module):
             if self.dropout.inner:
                 acc = acc_dtype(rows.dtype)
                 options["hidden_mask"] = self.dropout.hidden_mask(self.router.draws, ids, self.intermediate_size, acc)
-        E = self.num_experts
-        if self.router.num_experts == E or type(self.experts) is not Experts:  # experts of one's own know what ids mean
-            return self.experts(rows, weights, ids, self.router.settings.weight_on_input, **options)  # type: ignore[no-any-return]
-        through = torch.where(ids >= E, weights, 0.0).sum(1, keepdim=True)
-        ids = torch.where(ids < E, ids, -1)
-        y = self.experts(rows, weights, ids, self.router.settings.weight_on_input, **options)
-        return (y + through * rows).to(y.dtype)  # type: ignore[no-any-return]
+        E, on_input = self.num_experts, self.router.settings.weight_on_input
+        whole = self.router.num_experts == E or type(self.experts) is not Experts  # own experts know what ids mean
+        routed = ids if whole else torch.where(ids < E, ids, -1)
+        if self.parallel is None:
+            y, shared = self.experts(rows, weights, routed, on_input, **options), self._shared(rows)
+        else:
+            y, shared = self.parallel.run(self.experts, rows, weights, routed, on_input, partial(self._shared, rows))
+        if not whole:
+            y = (y + torch.where(ids >= E, weights, 0.0).sum(1, keepdim=True) * rows).to(y.dtype)
+        return y, shared
+
+    def _shared(self, rows: Tensor) -> Tensor | None:
+        if self.shared_experts is None:
+            return None
+        shared = self.shared_experts(rows)
+        if self.shared_expert_gate is not None:
+            shared = torch.sigmoid(self.shared_expert_gate(rows)) * shared
+        return shared  # type: ignore[no-any-return]
 
     def _aux_loss(self, inputs: LossInputs) -> Tensor:
         if not self.losses:

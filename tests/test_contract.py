@@ -139,6 +139,9 @@ def test_python_imports_go_down():
         "losses": {"check", "ops", "reference", "routers", "schemas"}, "presets": {"capacity", "losses", "routers"},
         "watch": {"layers", "losses", "routers"}, "balance": {"check", "draws", "layers", "routers", "watch"},
         "monitor": {"check", "watch"}, "plots": {"check"},
+        "traffic": {"check"}, "chances": {"check"}, "flows": {"chances", "check", "traffic"},
+        "planner": {"chances", "check", "flows", "traffic"}, "calibrate": {"check", "planner"},
+        "placement": {"check"},
         "layers": {"capacity", "check", "dropout", "losses", "ops", "presets", "reference", "routers", "schemas", "hf"},
     }  # fmt: skip
     for module, allowed in below.items():

@@ -159,12 +159,6 @@ def test_bench_runs_the_suite_of_a_clone(
     assert cli.main(["bench", "--quick", "--only", "route"]) == 4
 
 
-@pytest.mark.parametrize("word", ["plan"])
-def test_words_that_are_not_built_yet(word: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main([word]) == 2
-    assert "not built yet" in capsys.readouterr().err
-
-
 def test_unknown_words_and_options() -> None:
     for arguments in (["juggle"], [], ["doctor", "--loud"], ["demo", "--part", "none"]):
         with pytest.raises(SystemExit) as stop:

@@ -12,6 +12,7 @@
 #include "../cpu/isa.h"
 #include "../cpu/limits.h"
 #include "../cuda/grouped_gemm_config.h"
+#include "comm.h"
 
 namespace py = pybind11;
 using namespace moe::cpu;
@@ -52,6 +53,7 @@ py::tuple cuda_product(int arch, int64_t E, int64_t S, int64_t N, int64_t K, int
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
+  bind_comm(m);
   m.attr("build_info") = py::dict(py::arg("compiler") = __VERSION__, py::arg("cplusplus") = long(__cplusplus));
   m.def(
       "active_isa", [] { return isa_name(active_isa()); },
