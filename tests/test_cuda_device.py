@@ -13,7 +13,10 @@ from moe_kernels.fallback import backend_of
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; `make gpu` runs these")
 BUILT = _build.info()["cuda"] is not None
-STAGES = ("route", "route_backward", "permute", "permute_backward", "unpermute", "unpermute_backward")
+STAGES = (
+    "route", "route_backward", "sum_scores", "sum_scores_backward", "limit_capacity", "permute", "permute_backward",
+    "unpermute", "unpermute_backward",
+)  # fmt: skip
 
 
 def layer(logits, x, w):

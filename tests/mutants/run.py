@@ -31,15 +31,24 @@ SUBJECTS: dict[str, tuple[list[str], list[str]]] = {
     "rules_sync": (["tests/simt/rules_sync.cu"], ["tests/simt/rules_sync.cu"]),
     "rules_async": (["tests/simt/rules_async.cu"], ["tests/simt/rules_async.cu"]),
     "route": (
-        ["csrc/cuda/route.cuh", "csrc/cuda/block_copy.cuh", "csrc/cuda/warp.cuh"],
-        ["csrc/cuda/route.cu", "tests/mutants/route_cases.cpp"],
+        [f"csrc/cuda/{name}.cuh" for name in ("route", "scores", "score_sums", "block_copy", "warp")],
+        ["csrc/cuda/route.cu", "csrc/cuda/sum_scores.cu", "tests/mutants/route_cases.cpp"],
     ),
-    "permute": (["csrc/cuda/permute.cuh"], ["csrc/cuda/permute.cu", "tests/mutants/permute_cases.cpp"]),
+    "sum_scores": (["csrc/cuda/sum_scores.cuh"], ["csrc/cuda/sum_scores.cu", "tests/mutants/sum_scores_cases.cpp"]),
+    "limit_capacity": (
+        ["csrc/cuda/limit_capacity.cuh"],
+        ["csrc/cuda/limit_capacity.cu", "tests/mutants/limit_capacity_cases.cpp"],
+    ),
+    "permute": (
+        ["csrc/cuda/permute.cuh", "csrc/cuda/slots.cuh"],
+        ["csrc/cuda/permute.cu", "tests/mutants/permute_cases.cpp"],
+    ),
     "unpermute": (["csrc/cuda/unpermute.cuh"], ["csrc/cuda/unpermute.cu", "tests/mutants/unpermute_cases.cpp"]),
 }
 # Constants made small in the copy, so that tiny shapes take every path: several tiles, several turns of a block.
 SMALLER: dict[str, tuple[str, str]] = {
-    "csrc/cuda/route.cu": ("kMostBlocks = 132 * 8", "kMostBlocks = 2"),
+    "csrc/cuda/launch.h": ("kMostBlocks = 132 * 8", "kMostBlocks = 2"),
+    "csrc/cuda/route_tile.h": ("kFewBlocks = 64;", "kFewBlocks = 2;"),
     "csrc/cuda/permute.cu": ("blocks < 1056 ? blocks : 1056", "blocks < 1 ? blocks : 1"),
     "csrc/cuda/permute_tile.h": (
         "kTileSlots = 2048;       // of a block, where there are several\nconstexpr int64_t kOneBlockSlots = 16384",
