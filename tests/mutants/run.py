@@ -17,6 +17,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,6 +50,7 @@ SUBJECTS: dict[str, tuple[list[str], list[str]]] = {
 SMALLER: dict[str, tuple[str, str]] = {
     "csrc/cuda/launch.h": ("kMostBlocks = 132 * 8", "kMostBlocks = 2"),
     "csrc/cuda/route_tile.h": ("kFewBlocks = 64;", "kFewBlocks = 2;"),
+    "csrc/cuda/sum_scores.cu": ("most_groups = 65535", "most_groups = 1"),
     "csrc/cuda/permute.cu": ("blocks < 1056 ? blocks : 1056", "blocks < 1 ? blocks : 1"),
     "csrc/cuda/permute_tile.h": (
         "kTileSlots = 2048;       // of a block, where there are several\nconstexpr int64_t kOneBlockSlots = 16384",
@@ -75,9 +77,10 @@ def planted(subject: str) -> tuple[Path, list[generate.Fault]]:
     """Copies the sources, plants the faults of the subject in the copy, and builds it."""
     tree = ROOT / "build/mutants" / subject
     faults: list[generate.Fault] = []
-    for folder in ("csrc", "tests/simt", "tests/mutants"):
-        shutil.copytree(ROOT / folder, tree / folder, dirs_exist_ok=True, copy_function=copy_if_changed)
     mutated, sources = SUBJECTS[subject]
+    copy = partial(copy_if_changed, written=(*SMALLER, *mutated))
+    for folder in ("csrc", "tests/simt", "tests/mutants"):
+        shutil.copytree(ROOT / folder, tree / folder, dirs_exist_ok=True, copy_function=copy)
     for file in mutated:
         edits = by_hand.FAULTS.get(file, [])
         text, new = generate.plant(file, (ROOT / file).read_text(), edits, len(faults))
@@ -100,11 +103,10 @@ def write_if_changed(path: Path, text: str) -> None:
         path.write_text(text)
 
 
-def copy_if_changed(source: str, target: str) -> str:
-    """The planted files differ from their sources on purpose; they are written again by the caller, if changed."""
+def copy_if_changed(source: str, target: str, written: tuple[str, ...]) -> str:
+    """The files `written` differ from their sources on purpose; they are written again by the caller, if changed."""
     to = Path(target)
-    mutated = {*SMALLER, *(file for files, _ in SUBJECTS.values() for file in files)}
-    if to.exists() and (to.read_bytes() == Path(source).read_bytes() or str(target).endswith(tuple(mutated))):
+    if to.exists() and (to.read_bytes() == Path(source).read_bytes() or str(target).endswith(written)):
         return target
     return str(shutil.copyfile(source, target))
 

@@ -28,12 +28,17 @@ HARMLESS: dict[str, str] = {
     "csrc/cuda/route.cuh | off by one < | for (int e = threadIdx.x; e < E; e += blockDim.x) counts[e] = 0;": (
         "counts[E] lies in the 16 spare bytes behind counts; nobody reads it."
     ),
-    "csrc/cuda/route.cuh | off by one < | for (int64_t first = int64_t(blockIdx.x) * tile.tokens; first < args.T; "
-    "first += int64_t(gridDim.x) * tile.tokens) {": (
-        "At first == T the tile has no tokens: nothing is copied or routed, all threads meet the same barriers."
+    "csrc/cuda/route.cuh | off by one < | for (int e = threadIdx.x; e < E && sums; e += blockDim.x) sums[e] = 0;": (
+        "sums[E] lies in the 16 spare bytes behind sums; nobody reads it."
     ),
-    "csrc/cuda/route.cuh | off by one < | for (int64_t first = int64_t(blockIdx.x) * tile.tokens; first < args.T; "
-    "first += int64_t(gridDim.x) * tile.tokens) { #2": (
-        "At first == T the tile has no tokens: nothing is copied or routed, all threads meet the same barriers."
+    "csrc/cuda/sum_scores.cuh | off by one < | for (int e = threadIdx.x; e < E; e += blockDim.x) sums[e] = 0;": (
+        "sums[E] lies in the 16 spare bytes behind sums; nobody reads it."
     ),
+} | {
+    f"csrc/cuda/{file}.cuh | off by one < | "
+    f"for (int64_t first = runs.begin(run); first < end; first += tile.tokens) {{{turn}": (
+        "At first == end the tile has no tokens: nothing is copied or scored, all threads meet the same barriers."
+    )
+    for file in ("route", "sum_scores")
+    for turn in ("", " #2")
 }
