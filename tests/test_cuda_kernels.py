@@ -78,6 +78,20 @@ def test_every_schedule_gives_the_same_bits(seed):
     assert all(torch.equal(a, b) for a, b in zip(*found))
 
 
+@pytest.mark.parametrize("seed", range(9))
+def test_every_schedule_gives_the_same_sums_and_drops(seed):
+    torch.manual_seed(seed)
+    logits, pull = torch.randn(150, 37, dtype=torch.bfloat16, requires_grad=True), torch.randn(2, 37)
+    found = []
+    for first in (seed, 9 + seed):
+        simt_ops.restart(first)
+        routing, sums = SIMT.route_with_sums(logits, 3, 2, scoring_func="sigmoid")
+        grads = torch.autograd.grad((sums, routing.topk_weights.sum()), logits, (pull, torch.ones(())))
+        late = SIMT.limit_capacity(routing.topk_ids, 37, 4, group_size=60)
+        found.append((sums, *grads, late))
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
 # ---- more slots than one block takes
 
 
@@ -98,6 +112,25 @@ def test_permute_around_the_border_of_one_block(slots):
     ids = torch.randint(0, 3, (slots, 1), dtype=torch.int32)
     got, wanted = SIMT.permute(torch.zeros(slots, 1), ids, 3), mk.permute(torch.zeros(slots, 1), ids, 3)
     assert all(torch.equal(a, b) for a, b in zip(got, wanted))
+
+
+@pytest.mark.parametrize(("E", "group_size"), [(5, None), (300, 3000)])
+def test_limit_capacity_over_many_blocks(E, group_size):
+    T, K = 7000, 6
+    ids = make_ids(T, E, min(K, E), "zipf", torch.Generator().manual_seed(3))
+    assert (group_size or T) * ids.shape[1] > 16384
+    got, wanted = (f.limit_capacity(ids, E, 200, group_size=group_size) for f in (SIMT, mk))
+    assert torch.equal(got, wanted) and got.any() and not got.all()
+
+
+def test_sums_of_many_runs_and_groups():
+    """Groups that several blocks sum, and more groups than there are blocks."""
+    logits = torch.randn(4400, 9)
+    for B in (1, 4, 1100, 4400):
+        _, sums = SIMT.route_with_sums(logits, 2, B)
+        _, wanted = mk.route_with_sums(logits, 2, B)
+        torch.testing.assert_close(sums, wanted, rtol=1e-5, atol=1e-6)
+        assert torch.equal(sums, SIMT.sum_scores(logits, 0, True, 0.0, B, None))
 
 
 # ---- shapes and maps that the stage tests do not have
@@ -195,6 +228,24 @@ def test_route_reads_the_logits_once(E, K, dtype):
     routing = SIMT.route(leaf, K)
     least = 2 * logits.nbytes + len(logits) * K * 12
     total, _, records = audited(lambda: torch.autograd.grad(routing.topk_weights, leaf, pull))
+    assert total <= 1.15 * least
+    assert not conflicts(records)
+
+
+@pytest.mark.parametrize(("E", "K", "T", "dtype"), [(37, 4, 2048, torch.float32), (40, 8, 4096, torch.bfloat16)])
+def test_sums_of_scores_read_nothing_twice(E, K, T, dtype):
+    """With the sums that losses want, too: the logits once, what is returned once."""
+    logits = torch.randn(T, E).to(dtype)
+    total, _, records = audited(lambda: SIMT.route_with_sums(logits, K))
+    assert total <= 1.15 * (logits.nbytes + T * K * 8 + T * 4 + E * 8)
+    assert not conflicts(records)
+    logits = logits[:512]
+    leaf = logits.requires_grad_()
+    routing, sums = SIMT.route_with_sums(leaf, K)
+    pulls = (torch.ones(len(leaf), K), torch.ones(1, E), torch.ones(len(leaf)))
+    least = 2 * leaf.nbytes + len(leaf) * (K * 12 + 4) + E * 4
+    outputs = (routing.topk_weights, sums, routing.lse)
+    total, _, records = audited(lambda: torch.autograd.grad(outputs, leaf, pulls))
     assert total <= 1.15 * least
     assert not conflicts(records)
 

@@ -126,6 +126,14 @@ def test_address_audit_counts(audit, space, stride, width, offset, served, ideal
     assert re.search(r"audit.cu:\d+", reads[0]["site"])
 
 
+@pytest.mark.parametrize(("stride", "served"), [(1, 4), (2, 6), (32, 74)])
+def test_address_audit_pairs_the_lanes_of_a_round(audit, stride, served):
+    """37 numbers by 32 lanes, twice: rounds of 32 and of 5 lanes, however many turns a lane had before."""
+    sites = json.loads(programs.run(audit, "rounds", str(stride), "4", "37", seed=4))
+    reads = [s for s in sites if s["space"] == "shared" and s["kind"] == "read"]
+    assert [(s["requests"], s["served"], s["ideal"]) for s in reads] == [(4, served, 4)]
+
+
 def test_assembly_stands_in_one_file_and_has_a_twin():
     """Every asm statement is in ptx.cuh, beside what the emulator does instead; no kernel has static shared memory."""
     cuda = SIMT.parents[1] / "csrc/cuda"

@@ -205,7 +205,7 @@ MOE_DEVICE void route_token_backward(const RouteBackwardArgs& args, T* row, cons
   const A top = row_top(row, E, rule.logit_softcap, lane);
   const bool live = ids[0] >= 0 && ids[0] < E && top > A(-INFINITY);
   RowSums<A> sums{top, 1};
-  SumPull<A> aux{grad_sums, 0, 1, 0};
+  SumPull<A> aux{0, 1, 0};
   if (live) aux = pull_of(rule, args.normalize_scores, row, E, grad_sums, sums, lane);
   A sum = 0, dot = 0, mean = 0;
   for (int k = lane; k < K && live; k += kWarp) {
@@ -223,12 +223,17 @@ MOE_DEVICE void route_token_backward(const RouteBackwardArgs& args, T* row, cons
     mean += pulls[k] * weights[k];
   }
   const A all = grad_lse - warp_sum(mean) - aux.mean;
-  for (int k = lane; k < K && live; k += kWarp)  // d logit of the chosen, before the row is overwritten
-    if (weights[k] != 0) pulls[k] = grad_logit(rule, row[ids[k]], pulls[k] + aux.at(ids[k]), all, sums);
+  for (int k = lane; k < K && live; k += kWarp) {  // d logit of the chosen, before the row is overwritten
+    if (weights[k] == 0) continue;
+    const A of_sums = grad_sums ? aux.of(grad_sums[ids[k]]) : A(0);
+    pulls[k] = grad_logit(rule, row[ids[k]], pulls[k] + of_sums, all, sums);
+  }
   __syncwarp();
   const bool dense = live && (rule.scoring == Scoring::softmax || grad_sums);  // the rest of the row
-  for (int e = lane; e < E; e += kWarp)
-    row[e] = narrow<T>(dense ? grad_logit(rule, row[e], aux.at(e), all, sums) : A(0));
+  for (int e = lane; e < E; e += kWarp) {
+    const A of_sums = grad_sums ? aux.of(grad_sums[e]) : A(0);
+    row[e] = narrow<T>(dense ? grad_logit(rule, row[e], of_sums, all, sums) : A(0));
+  }
   __syncwarp();
   for (int k = lane; k < K && live; k += kWarp)
     if (weights[k] != 0) row[ids[k]] = narrow<T>(pulls[k]);

@@ -61,19 +61,17 @@ MOE_KERNEL __launch_bounds__(1024) add_rows_kernel(int E, int64_t groups, int64_
   }
 }
 
-/// How the gradient of the sums pulls on the scores of one token: by (grad[e] - shift) * scale. `mean` is <pull, s>,
-/// which a softmax wants.
+/// How the gradient of the sums pulls on the scores of one token. `mean` is <pull, s>, which a softmax wants.
 template <class A> struct SumPull {
-  const A* grad;  // [E] in shared memory, or null
   A shift, scale, mean;
-  MOE_DEVICE A at(int e) const { return grad ? (grad[e] - shift) * scale : A(0); }
+  MOE_DEVICE A of(A grad) const { return (grad - shift) * scale; }
 };
 
-/// The pull on a live row, and in the same walk over it the sum of its softmax; sums.top is known.
+/// The pull on a live row, and in the same walk over it the sum of its softmax; sums.top is known. grad: [E], or null.
 template <class T> MOE_DEVICE SumPull<acc_t<T>> pull_of(const RouteRule& rule, bool normalize, const T* row, int E,
                                                         const acc_t<T>* grad, RowSums<acc_t<T>>& sums, int lane) {
   using A = acc_t<T>;
-  SumPull<A> pull{grad, 0, 1, 0};
+  SumPull<A> pull{0, 1, 0};
   if (rule.scoring == Scoring::softmax) {
     A dot = 0;
     sums.sum = sum_of_exps<A>(E, lane, [&](int e) {

@@ -59,10 +59,10 @@ template <class T> MOE_KERNEL __launch_bounds__(256, 4)
         T* row = rows + i * E;
         RowSums<A> sums{row_top(row, E, args.rule.logit_softcap, lane), 1};
         const bool live = sums.top > A(-INFINITY) && (!args.padding_mask || args.padding_mask[first + i]);
-        SumPull<A> pull{grad, 0, 1, 0};
+        SumPull<A> pull{0, 1, 0};
         if (live) pull = pull_of(args.rule, args.normalize, row, E, grad, sums, lane);
         for (int e = lane; e < E; e += kWarp)
-          row[e] = narrow<T>(live ? grad_logit(args.rule, row[e], pull.at(e), -pull.mean, sums) : A(0));
+          row[e] = narrow<T>(live ? grad_logit(args.rule, row[e], pull.of(grad[e]), -pull.mean, sums) : A(0));
       }
       __syncthreads();
       copy_out(static_cast<T*>(args.grad_logits) + first * E, rows, tokens * E);

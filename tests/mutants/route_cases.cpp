@@ -11,6 +11,8 @@ struct Shape {
   bool renormalize, bias, mask;
   double softcap;
   int offset = 0;  // elements from an aligned address to the tensors
+  int groups = 0;  // of tokens, with sums of their scores
+  bool normalize = false;
 };
 
 RouteRule rule_of(const Shape& s) { return {s.scoring, s.renormalize, s.renormalize ? 1e-20 : 0., 1.5, s.softcap}; }
@@ -39,8 +41,12 @@ template <class T> cudaError_t forward(const Shape& s, Outputs& out) {
   args.topk_weights = raw(weights) + s.offset, args.topk_ids = raw(ids) + s.offset;
   args.tokens_per_expert = raw(counts);
   args.lse = s.scoring == Scoring::softmax ? raw(lse) : nullptr;
+  test::Device<A> sums(size_t(s.groups) * s.E);
+  args.B = s.groups, args.normalize_scores = s.normalize, args.score_sums = s.groups ? raw(sums) : nullptr;
+  test::Device<uint8_t> workspace(size_t(cuda::route_workspace_bytes(args)));
+  args.workspace = raw(workspace);
   const cudaError_t error = cuda::route(args, nullptr);
-  out.add(weights), out.add(ids), out.add(counts), out.add(lse);
+  out.add(weights), out.add(ids), out.add(counts), out.add(lse), out.add(sums);
   return error;
 }
 
@@ -62,6 +68,8 @@ template <class T> cudaError_t backward(const Shape& s, Outputs& out) {
   args.logits = raw(logits) + s.offset, args.logits_stride = s.stride, args.topk_ids = raw(ids),
   args.topk_weights = raw(weights);
   args.grad_logits = raw(grad) + s.offset;
+  test::Device<A> pull_sums(numbers<A>(size_t(s.groups) * s.E, 6));
+  args.B = s.groups, args.normalize_scores = s.normalize, args.grad_score_sums = s.groups ? raw(pull_sums) : nullptr;
   const cudaError_t error = cuda::route_backward(args, nullptr);
   out.add(grad);
   return error;
@@ -80,5 +88,15 @@ MOE_CASE(wide_groups) { return both<float>({6, 80, 33, 2, 1, 33, 80, Scoring::si
 MOE_CASE(many_groups) { return both<float>({5, 68, 34, 34, 33, 1, 68, Scoring::softmax, true, false, false, 0}); }
 MOE_CASE(doubles) { return both<double>({9, 33, 2, 1, 1, 1, 33, Scoring::softmax, false, false, false, 3}); }
 MOE_CASE(every_expert) { return both<bf16>({3, 5, 5, 1, 1, 1, 5, Scoring::sqrtsoftplus, false, false, false, 3}); }
+MOE_CASE(sums) { return both<float>({67, 37, 3, 1, 1, 1, 37, Scoring::softmax, true, false, true, 0, 1, 1}); }
+MOE_CASE(sums_of_groups) {
+  return both<bf16>({140, 20, 2, 1, 1, 1, 20, Scoring::sigmoid, true, true, false, 0, 3, 2, true});
+}
+MOE_CASE(sums_of_short_groups) {
+  return both<float>({21, 5, 2, 1, 1, 1, 7, Scoring::sqrtsoftplus, false, false, true, 2, 0, 7, true});
+}
+MOE_CASE(sums_of_long_rows) {
+  return both<double>({67, 130, 2, 1, 1, 1, 130, Scoring::sigmoid, false, false, false, 0, 0, 1});
+}
 
 }  // namespace moe::faults

@@ -17,6 +17,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,15 +32,23 @@ SUBJECTS: dict[str, tuple[list[str], list[str]]] = {
     "rules_sync": (["tests/simt/rules_sync.cu"], ["tests/simt/rules_sync.cu"]),
     "rules_async": (["tests/simt/rules_async.cu"], ["tests/simt/rules_async.cu"]),
     "route": (
-        ["csrc/cuda/route.cuh", "csrc/cuda/block_copy.cuh", "csrc/cuda/warp.cuh"],
-        ["csrc/cuda/route.cu", "tests/mutants/route_cases.cpp"],
+        [f"csrc/cuda/{name}.cuh" for name in ("route", "scores", "score_sums", "block_copy", "warp")],
+        ["csrc/cuda/route.cu", "csrc/cuda/sum_scores.cu", "tests/mutants/route_cases.cpp"],
+    ),
+    "sum_scores": (["csrc/cuda/sum_scores.cuh"], ["csrc/cuda/sum_scores.cu", "tests/mutants/sum_scores_cases.cpp"]),
+    "limit_capacity": (
+        ["csrc/cuda/limit_capacity.cuh"],
+        ["csrc/cuda/limit_capacity.cu", "tests/mutants/limit_capacity_cases.cpp"],
+    ),
+    "permute": (
+        ["csrc/cuda/permute.cuh", "csrc/cuda/slots.cuh"],
+        ["csrc/cuda/permute.cu", "tests/mutants/permute_cases.cpp"],
     ),
     "expert_choice": (
         ["csrc/cuda/expert_choice.cuh"],
         ["csrc/cuda/expert_choice.cu", "tests/mutants/expert_choice_cases.cpp"],
     ),
     "sinkhorn": (["csrc/cuda/sinkhorn.cuh"], ["csrc/cuda/sinkhorn.cu", "tests/mutants/sinkhorn_cases.cpp"]),
-    "permute": (["csrc/cuda/permute.cuh"], ["csrc/cuda/permute.cu", "tests/mutants/permute_cases.cpp"]),
     "unpermute": (["csrc/cuda/unpermute.cuh"], ["csrc/cuda/unpermute.cu", "tests/mutants/unpermute_cases.cpp"]),
     "fused_experts": (
         ["csrc/cuda/fused_experts.cuh", "csrc/cuda/grouped_fma.cuh"],
@@ -61,7 +70,9 @@ SUBJECTS: dict[str, tuple[list[str], list[str]]] = {
 }
 # Constants made small in the copy, so that tiny shapes take every path: several tiles, several turns of a block.
 SMALLER: dict[str, tuple[str, str]] = {
-    "csrc/cuda/route.cu": ("kMostBlocks = 132 * 8", "kMostBlocks = 2"),
+    "csrc/cuda/launch.h": ("kMostBlocks = 132 * 8", "kMostBlocks = 2"),
+    "csrc/cuda/route_tile.h": ("kFewBlocks = 64;", "kFewBlocks = 2;"),
+    "csrc/cuda/sum_scores.cu": ("most_groups = 65535", "most_groups = 1"),
     "csrc/cuda/expert_choice.cu": ("most = 132 * 8", "most = 2"),
     "csrc/sinkhorn.h": ("kTileTokens = 64", "kTileTokens = 8"),
     "csrc/cuda/fused_experts.cu": ("s.E < 65535 ? s.E : 65535", "s.E < 2 ? s.E : 2"),
@@ -92,9 +103,10 @@ def planted(subject: str) -> tuple[Path, list[generate.Fault]]:
     """Copies the sources, plants the faults of the subject in the copy, and builds it."""
     tree = ROOT / "build/mutants" / subject
     faults: list[generate.Fault] = []
-    for folder in ("csrc", "tests/simt", "tests/mutants"):
-        shutil.copytree(ROOT / folder, tree / folder, dirs_exist_ok=True, copy_function=copy_if_changed)
     mutated, sources = SUBJECTS[subject]
+    copy = partial(copy_if_changed, written=(*SMALLER, *mutated))
+    for folder in ("csrc", "tests/simt", "tests/mutants"):
+        shutil.copytree(ROOT / folder, tree / folder, dirs_exist_ok=True, copy_function=copy)
     for file in mutated:
         edits = by_hand.FAULTS.get(file, [])
         text, new = generate.plant(file, (ROOT / file).read_text(), edits, len(faults))
@@ -117,11 +129,10 @@ def write_if_changed(path: Path, text: str) -> None:
         path.write_text(text)
 
 
-def copy_if_changed(source: str, target: str) -> str:
-    """The planted files differ from their sources on purpose; they are written again by the caller, if changed."""
+def copy_if_changed(source: str, target: str, written: tuple[str, ...]) -> str:
+    """The files `written` differ from their sources on purpose; they are written again by the caller, if changed."""
     to = Path(target)
-    mutated = {*SMALLER, *(file for files, _ in SUBJECTS.values() for file in files)}
-    if to.exists() and (to.read_bytes() == Path(source).read_bytes() or str(target).endswith(tuple(mutated))):
+    if to.exists() and (to.read_bytes() == Path(source).read_bytes() or str(target).endswith(written)):
         return target
     return str(shutil.copyfile(source, target))
 

@@ -8,14 +8,11 @@ HARMLESS: dict[str, str] = {
     "tests/simt/rules_async.cu | delete fence_mbarrier_init | fence_mbarrier_init();": (
         "It publishes the init to the other blocks of a cluster; inside a block the __syncthreads that follows does."
     ),
-    "csrc/cuda/permute.cuh | off by one < | for (int64_t base = first; base < end; base += kWarp) {": (
+    "csrc/cuda/slots.cuh | off by one < | for (int64_t base = first; base < end; base += kWarp) {": (
         "At base == end no lane has a slot below end: every id is -1, every f does nothing. A wasted turn."
     ),
     "csrc/cuda/permute.cuh | off by one < | for (int base = 0; base < E; base += blockDim.x) {": (
         "At base == E no thread has an e below E: every count is 0, nothing is stored, the carry stays. A wasted turn."
-    ),
-    "csrc/cuda/permute.cuh | delete __syncwarp | __syncwarp(); #2": (
-        "In scan_experts each lane of warp 0 reads and writes its own number of scratch."
     ),
     "csrc/cuda/permute.cuh | off by one < | "
     "for (int64_t base = int64_t(blockIdx.y) * kWarp * kRowVectors; base < vectors;": (
@@ -31,12 +28,17 @@ HARMLESS: dict[str, str] = {
     "csrc/cuda/route.cuh | off by one < | for (int e = threadIdx.x; e < E; e += blockDim.x) counts[e] = 0;": (
         "counts[E] lies in the 16 spare bytes behind counts; nobody reads it."
     ),
-    "csrc/cuda/route.cuh | off by one < | for (int64_t first = int64_t(blockIdx.x) * tile.tokens; first < args.T; "
-    "first += int64_t(gridDim.x) * tile.tokens) {": (
-        "At first == T the tile has no tokens: nothing is copied or routed, all threads meet the same barriers."
+    "csrc/cuda/route.cuh | off by one < | for (int e = threadIdx.x; e < E && sums; e += blockDim.x) sums[e] = 0;": (
+        "sums[E] lies in the 16 spare bytes behind sums; nobody reads it."
     ),
-    "csrc/cuda/route.cuh | off by one < | for (int64_t first = int64_t(blockIdx.x) * tile.tokens; first < args.T; "
-    "first += int64_t(gridDim.x) * tile.tokens) { #2": (
-        "At first == T the tile has no tokens: nothing is copied or routed, all threads meet the same barriers."
+    "csrc/cuda/sum_scores.cuh | off by one < | for (int e = threadIdx.x; e < E; e += blockDim.x) sums[e] = 0;": (
+        "sums[E] lies in the 16 spare bytes behind sums; nobody reads it."
     ),
+} | {
+    f"csrc/cuda/{file}.cuh | off by one < | "
+    f"for (int64_t first = runs.begin(run); first < end; first += tile.tokens) {{{turn}": (
+        "At first == end the tile has no tokens: nothing is copied or scored, all threads meet the same barriers."
+    )
+    for file in ("route", "sum_scores")
+    for turn in ("", " #2")
 }
