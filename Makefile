@@ -69,6 +69,7 @@ compat: $(VENV)/torch.stamp
 # with, they say so and end with status 77, which make reports: a skip is never a pass.
 cuda: $(VENV)/cuda.stamp
 	@$(BIN)/python build_support/cubins.py
+	@$(BIN)/python build_support/forced_build.py
 
 audit: $(VENV)/cuda.stamp
 	@$(BIN)/python build_support/sass_audit.py $(ARGS)
