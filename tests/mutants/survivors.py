@@ -39,4 +39,11 @@ HARMLESS: dict[str, str] = {
     "first += int64_t(gridDim.x) * tile.tokens) { #2": (
         "At first == T the tile has no tokens: nothing is copied or routed, all threads meet the same barriers."
     ),
+    "csrc/cuda/sinkhorn.cuh | off by one < | "
+    "for (int base = blockIdx.x * kWarp; base < E; base += gridDim.x * kWarp) {": (
+        "At base == E no lane has a column below E: nothing is read of the tiles, nothing is stored. A wasted turn."
+    ),
+    "csrc/cuda/sinkhorn.cuh | off by one < | for (int e = threadIdx.x; e < E; e += blockDim.x) own[e] = 1;": (
+        "own[E] is the first number of the scratch behind it, which is written before it is read again."
+    ),
 }
