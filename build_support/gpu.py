@@ -23,7 +23,7 @@ import nvcc
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build/gpu"
-STAGES = ["test_route.py", "test_permute.py", "test_unpermute.py"]
+STAGES = ["test_route.py", "test_permute.py", "test_unpermute.py", "test_expert_choice.py", "test_sinkhorn.py"]
 SANITIZED = "ties or absent or strides or padding or several_slots"  # minutes under a sanitizer, every kernel in it
 STEP_SECONDS = 3600
 

@@ -75,7 +75,13 @@ CUDA = SimpleNamespace(
     name="cuda", route=_on_gpu(mk.route), permute=_on_gpu(mk.permute), unpermute=_on_gpu(mk.unpermute),
     expert_choice=_on_gpu(expert_choice.choose), sinkhorn=_on_gpu(assignment.balance), device="cuda",
 )  # fmt: skip
-EMULATED = ("test_route", "test_permute", "test_unpermute", "test_expert_choice", "test_sinkhorn")  # the stages that have CUDA kernels
+EMULATED = (
+    "test_route",
+    "test_permute",
+    "test_unpermute",
+    "test_expert_choice",
+    "test_sinkhorn",
+)  # the stages that have CUDA kernels
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -243,7 +243,9 @@ def test_errors_of_token_tables(monkeypatch):
     for debug in ("0", "1"):
         monkeypatch.setenv("MOE_KERNELS_DEBUG", debug)
         for wrong in (20, -1):
-            with pytest.raises(ValueError, match=rf"Gate: token_ids must be in 0..19 .a row of token_table., got .* {wrong}"):
+            with pytest.raises(
+                ValueError, match=rf"Gate: token_ids must be in 0..19 .a row of token_table., got .* {wrong}"
+            ):
                 layer(rows(), token_ids=torch.full((T,), wrong))
     with pytest.raises(ValueError, match=r"Gate: token_table must be in 0..7 .an expert., got values from 8 to 8"):
         gate_of(mk.Router(scoring_func="sigmoid", token_table=table + 8))
