@@ -46,4 +46,18 @@ HARMLESS: dict[str, str] = {
     "csrc/cuda/sinkhorn.cuh | off by one < | for (int e = threadIdx.x; e < E; e += blockDim.x) own[e] = 1;": (
         "own[E] is the first number of the scratch behind it, which is written before it is read again."
     ),
+    "csrc/cuda/expert_choice.cuh | off by one < | for (int64_t first = int64_t(blockIdx.x) * tile.tokens; first < args.T; "
+    "first += int64_t(gridDim.x) * tile.tokens) {": (
+        "At first == T the tile has no tokens: no row is scored, nothing is stored, all threads meet the same barriers."
+    ),
+    "csrc/cuda/expert_choice.cuh | off by one < | for (int64_t first = int64_t(blockIdx.x) * tile.tokens; first < args.T; "
+    "first += int64_t(gridDim.x) * tile.tokens) { #2": (
+        "At first == T the tile has no tokens: nothing is loaded or stored, all threads meet the same barriers."
+    ),
+    "csrc/cuda/expert_choice.cuh | off by one < | for (int64_t base = 0; base < args.n; base += blockDim.x) {": (
+        "At base == n no thread has a token below n: its key is 0, which no score has. Nothing is counted or taken."
+    ),
+    "csrc/cuda/expert_choice.cuh | off by one < | for (int base = 0; base < K; base += kWarp) {": (
+        "At base == K no lane has a slot below K: nothing is taken, nothing is stored. A wasted turn."
+    ),
 }
