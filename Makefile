@@ -69,6 +69,7 @@ compat: $(VENV)/torch.stamp
 # with, they say so and end with status 77, which make reports: a skip is never a pass.
 cuda: $(VENV)/cuda.stamp
 	@$(BIN)/python build_support/cubins.py
+	@$(BIN)/python build_support/forced_build.py
 
 audit: $(VENV)/cuda.stamp
 	@$(BIN)/python build_support/sass_audit.py $(ARGS)
@@ -86,7 +87,8 @@ clean:
 # emulator would have noticed: faults planted in every kernel. ARGS="--third 1 -v", ARGS=route ...
 simt: $(VENV)/test.stamp
 	cd tests && MOE_KERNELS_STRICT=1 ../$(BIN)/python -m pytest -k "simt or cuda_kernels" $(ARGS) \
-	  test_simt.py test_simt_hw.py test_cuda_kernels.py test_route.py test_permute.py test_unpermute.py
+	  test_simt.py test_simt_hw.py test_cuda_kernels.py test_route.py test_permute.py test_unpermute.py \
+	  test_expert_choice.py test_sinkhorn.py test_routers_simt.py
 
 mutants: $(VENV)/test.stamp
 	$(BIN)/python tests/mutants/run.py $(ARGS)

@@ -27,9 +27,7 @@ def in_torch(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tens
 
 @pytest.mark.parametrize(("tokens", "experts", "mean"), SHAPES)
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward and backward"])
-def test_expert_choice(
-    tokens: int, experts: int, mean: int, backward: bool, against: Callable[..., float]
-) -> None:
+def test_expert_choice(tokens: int, experts: int, mean: int, backward: bool, against: Callable[..., float]) -> None:
     count = tokens * mean // experts
 
     def run(choose: Callable[..., tuple[torch.Tensor, ...]]) -> Callable[[torch.Tensor], object]:

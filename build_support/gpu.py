@@ -23,7 +23,10 @@ import nvcc
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build/gpu"
-STAGES = ["test_route.py", "test_permute.py", "test_unpermute.py", "test_grouped_gemm.py"]
+STAGES = [
+    "test_route.py", "test_route_sums.py", "test_sum_scores.py", "test_limit_capacity.py", "test_permute.py",
+    "test_unpermute.py", "test_expert_choice.py", "test_sinkhorn.py", "test_grouped_gemm.py",
+]  # fmt: skip
 EXPERTS = "test_fused_experts.py"  # of a GPU
 EMULATED_EXPERTS = "test_cuda_experts.py"  # the same bodies, as many as the emulator runs in minutes
 SANITIZED = "ties or absent or strides or padding or several_slots"  # minutes under a sanitizer, every kernel in it

@@ -45,6 +45,7 @@ LIMITS = {"80": Limits(65536, 64, 32, 164 * 1024), "90a": Limits(65536, 64, 32, 
 LAYOUT = """
 #include <cstdio>
 #include <initializer_list>
+#include "cuda/expert_choice_tile.h"
 #include "cuda/grouped_gemm_config.h"
 #include "cuda/permute_tile.h"
 #include "cuda/route_tile.h"
@@ -58,6 +59,13 @@ int main() {
         const RouteTile s = route_tile(32768, E, 1, 0, element, backward, true);
         std::printf("sum_scores%s %d %d %d %u\\n", backward ? "_backward" : "", element, E, s.warps, s.bytes);
       }
+  for (int element : {8, 4, 2})
+    for (int E : {8, 64, 128, 256, 512, 2048}) {
+      const int acc = element == 8 ? 8 : 4;
+      std::printf("expert_scores %d %d %d %u\\n", element, E, kChoiceWarps, choice_tile(E, acc, 32).bytes);
+      std::printf("expert_slots %d %d %d %u\\n", element, E, kChoiceWarps, choice_tile(E, acc, kChoiceWarps).bytes);
+      std::printf("sinkhorn %d %d 8 %u\\n", element, E, (E + 256) * acc);
+    }
   for (int E : {8, 64, 128, 256, 512, 2048})
     for (long S : {16384L, 262144L}) {
       const IndexTile t = index_tile(S, E);

@@ -69,6 +69,10 @@ class Capacity:
         check.group("Capacity", self.group)
         if self.factor == math.inf and self.drop_policy != "position":
             check.refuse("Capacity", "factor", f"finite for {self.drop_policy}: without a limit nothing drops", "inf")
+        if self.factor == math.inf and self.renormalize_after_drop:
+            check.refuse(
+                "Capacity", "renormalize_after_drop", "False for factor=inf: without a limit nothing drops", "True"
+            )
         if (self.devices is None) == (self.drop_policy == "device"):
             check.refuse("Capacity", "devices", 'given with drop_policy="device", and only then', repr(self.devices))
         if self.devices is not None:

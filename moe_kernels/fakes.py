@@ -43,10 +43,10 @@ def _limit_capacity(topk_ids, num_experts, capacity, group_size):
 
 
 @register_fake(f"{NAMESPACE}::expert_cuts")
-def _expert_cuts(logits, count, group_size, padding_mask):
+def _expert_cuts(logits, count, n, padding_mask):
     (T, E), acc = logits.shape, acc_dtype(logits.dtype)
-    return (logits.new_empty((E, T), dtype=acc), logits.new_empty((T // group_size, E), dtype=acc),
-            logits.new_empty((T // group_size, E), dtype=_INT), logits.new_empty((T,), dtype=_INT),
+    return (logits.new_empty((E, T), dtype=acc), logits.new_empty((T // n, E), dtype=acc),
+            logits.new_empty((T // n, E), dtype=_INT), logits.new_empty((T,), dtype=_INT),
             logits.new_empty((E,), dtype=_INT))  # fmt: skip
 
 

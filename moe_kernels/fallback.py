@@ -117,8 +117,8 @@ def limit_capacity(topk_ids, num_experts, capacity, group_size):
     return reference.limit_capacity(topk_ids, num_experts, capacity, group_size=group_size)
 
 
-def expert_cuts(logits, count, group_size, padding_mask):
-    return reference.expert_cuts(logits, count, group_size, padding_mask=padding_mask)
+def expert_cuts(logits, count, n, padding_mask):
+    return reference.expert_cuts(logits, count, n, padding_mask=padding_mask)
 
 
 def expert_choice(logits, scores, least, last, slots):

@@ -205,9 +205,7 @@ class Monitor:
         Path(path).write_text(json.dumps({"records": self.records, **tables}))
 
 
-def _record(
-    step: int, layer: str, counts: list[float], first: float, tokens: float, drops: float
-) -> dict[str, Any]:
+def _record(step: int, layer: str, counts: list[float], first: float, tokens: float, drops: float) -> dict[str, Any]:
     """first: the weights of the first experts, summed over so many tokens."""
     total, E = sum(counts), len(counts)
     share = [count / total for count in counts]

@@ -186,8 +186,8 @@ def limit_capacity(topk_ids: Tensor, num_experts: int, capacity: int, *, group_s
 def expert_cuts(
     logits: Tensor, count: int, group_size: int, *, padding_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """logits [T, E] -> scores [E, T] (-1: no token), and for the `count` best tokens of every expert in every group of n,
-    ties to the lowest: least [T/n, E] their least score, last [T/n, E] the last of just this one, -1 for none; then
+    """logits [T, E] -> scores [E, T] (-1: no token); of the `count` best tokens of every expert in every group of n, ties
+    to the lowest: least [T/n, E] their least score, last [T/n, E] the last of just this one, -1 for none; then
     experts_per_token [T] and tokens_per_expert [E]."""
     T, n = logits.shape[0], group_size
     s = scores(logits)[1]
@@ -217,7 +217,7 @@ def expert_slots(scores: Tensor, least: Tensor, last: Tensor, slots: int) -> tup
 def expert_choice(
     logits: Tensor, count: int, group_size: int, *, slots: int | None = None, padding_mask: Tensor | None = None
 ) -> Routing:
-    """logits [T, E] -> Routing: every expert takes its `count` best tokens of every group; slots None: as many as needed."""
+    """logits [T, E] -> Routing: every expert takes its `count` best tokens of a group; slots None: as needed."""
     _, least, last, per_token, counts = expert_cuts(logits.detach(), count, group_size, padding_mask=padding_mask)
     s = scores(logits)[1]
     s = s if padding_mask is None else torch.where(padding_mask[:, None], s, -1.0)

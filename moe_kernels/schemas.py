@@ -34,9 +34,9 @@ SCHEMAS = {
     "SymInt groups, Tensor? padding_mask) -> Tensor",
     # topk_ids [T, K] -> dropped [T, K] bool
     "limit_capacity": "(Tensor topk_ids, int num_experts, SymInt capacity, SymInt group_size) -> Tensor",
-    # logits [T, E] -> scores [E, T] acc, least [T/group_size, E] acc, last [T/group_size, E] i32,
-    # experts_per_token [T] i32, tokens_per_expert [E] i32: the `count` best tokens of every expert in every group
-    "expert_cuts": "(Tensor logits, SymInt count, SymInt group_size, Tensor? padding_mask) "
+    # logits [T, E] -> scores [E, T] acc, least [T/n, E] acc, last [T/n, E] i32, experts_per_token [T] i32,
+    # tokens_per_expert [E] i32: the `count` best tokens of every expert in every group of n
+    "expert_cuts": "(Tensor logits, SymInt count, SymInt n, Tensor? padding_mask) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     # logits [T, E] and what expert_cuts made of them -> topk_weights [T, slots] acc, topk_ids [T, slots] i32
     "expert_choice": "(Tensor logits, Tensor scores, Tensor least, Tensor last, int slots) -> (Tensor, Tensor)",

@@ -36,12 +36,13 @@ def includes(path: Path) -> list[str]:
 
 STRUCTS = {"route": "RouteArgs", "route_backward": "RouteBackwardArgs", "permute": "PermuteArgs",
            "limit_capacity": "LimitCapacityArgs", "sum_scores": "SumScoresArgs",
-           "sum_scores_backward": "SumScoresBackwardArgs",
+           "sum_scores_backward": "SumScoresBackwardArgs", "expert_cuts": "ExpertCutsArgs", "sinkhorn": "SinkhornArgs",
            "unpermute": "UnpermuteArgs", "unpermute_backward": "UnpermuteBackwardArgs",
            "grouped_gemm": "GroupedGemmArgs",
            "fused_experts": "FusedExpertsArgs", "fused_experts_backward": "FusedExpertsBackwardArgs"}  # fmt: skip
 OTHERWISE = {  # word of the schema -> what stands for it in moe.h
     "top_k": "K", "num_experts": "E", "num_expert_group": "G", "groups": "B", "score_groups": "B",  # letters inside
+    "count": "C",
     "e_score_correction_bias": "correction_bias", "swiglu_limit": "limit", "swiglu_alpha": "alpha",
     "transposed": "row_stride",  # a transposed weight is one of other strides
     "needs": "grad_x", "save_hidden": "hidden",  # null pointers

@@ -14,7 +14,8 @@ import moe_kernels as mk
 from moe_kernels import cli
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = ["route", "permute", "grouped_gemm", "unpermute", "limit_capacity", "sum_scores", "fused_experts"]
+STAGES = ["route", "permute", "grouped_gemm", "unpermute", "limit_capacity", "sum_scores", "expert_choice", "sinkhorn",
+          "fused_experts"]  # fmt: skip
 DOCUMENTS = [
     "README.md",
     "ARCHITECTURE.md",

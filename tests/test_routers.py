@@ -240,10 +240,13 @@ def test_errors_of_token_tables(monkeypatch):
         layer(rows())
     with pytest.raises(ValueError, match=r"MoELayer: token_ids must be int32 or int64 \[...=13\], got \[12\]"):
         layer(rows(), token_ids=torch.zeros(12, dtype=torch.int64))
-    monkeypatch.setenv("MOE_KERNELS_DEBUG", "1")
-    with pytest.raises(ValueError, match=r"Gate: token_ids must be in 0..19 .a row of token_table., got .* 20"):
-        layer(rows(), token_ids=torch.full((T,), 20))
-    monkeypatch.delenv("MOE_KERNELS_DEBUG")
+    for debug in ("0", "1"):
+        monkeypatch.setenv("MOE_KERNELS_DEBUG", debug)
+        for wrong in (20, -1):
+            with pytest.raises(
+                ValueError, match=rf"Gate: token_ids must be in 0..19 .a row of token_table., got .* {wrong}"
+            ):
+                layer(rows(), token_ids=torch.full((T,), wrong))
     with pytest.raises(ValueError, match=r"Gate: token_table must be in 0..7 .an expert., got values from 8 to 8"):
         gate_of(mk.Router(scoring_func="sigmoid", token_table=table + 8))
     with pytest.raises(ValueError, match=r"Gate: token_table must be int32 or int64 \[V, K=2\], got \[20, 3\]"):

@@ -28,7 +28,9 @@ def test_against_the_reference(backend, T, E, K, dtype, masked):
     steps = 5  # a fixed number of steps: the tolerance is not reached
     got = backend.sinkhorn(logits, K, 1e-30, steps, padding_mask=mask)
     live = torch.ones(T, dtype=torch.bool) if mask is None else mask
-    shift = logits[live].max().double() if dtype.itemsize == 2 and live.any() else 0.0  # in half precision: largest is 0
+    shift = (
+        logits[live].max().double() if dtype.itemsize == 2 and live.any() else 0.0
+    )  # in half precision: largest is 0
     want = reference.sinkhorn(logits.double() - shift, K, 1e-300, steps, padding_mask=mask)
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     assert got.plan.dtype == got.topk_weights.dtype == acc

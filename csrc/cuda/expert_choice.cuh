@@ -90,8 +90,7 @@ MOE_DEVICE key_t<A> least_key(const A* column, int64_t n, int32_t C, int32_t* bi
     __syncthreads();
     if (threadIdx.x < kWarp) find_bin(bins, left, threadIdx.x, bin, above);
     __syncthreads();
-    found = found << 8 | Key(*bin), left -= *above;
-    __syncthreads();
+    found = found << 8 | Key(*bin), left -= *above;  // two barriers lie before the next bin is found
   }
   *room = left;
   return found;

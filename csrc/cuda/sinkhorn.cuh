@@ -139,9 +139,7 @@ template <class A> MOE_DEVICE A take_columns(int E, const A* columns, A* own, A*
     if (threadIdx.x == 0) scratch[0] = moved;
   }
   __syncthreads();
-  moved = scratch[0];
-  __syncthreads();
-  return moved;
+  return scratch[0];  // not written again before all blocks have met
 }
 
 /// The K best of a row of the plan, by a warp: the next one is the largest that is not ahead of the last.

@@ -74,8 +74,8 @@ class AssignmentGate(Gate):
         if not self.training or x.shape[0] == 0:
             return logits, ops.route(logits, self.top_k, padding_mask=padding_mask, **options)
         if isinstance(rule, Sinkhorn):
-            found = balance(logits, self.top_k, rule.tol, rule.max_iterations, padding_mask=padding_mask)
-            return logits, Routing(*found[:3], None, None)
+            plan = balance(logits, self.top_k, rule.tol, rule.max_iterations, padding_mask=padding_mask)
+            return logits, Routing(plan.topk_weights, plan.topk_ids, plan.tokens_per_expert, None, None)
         s, valid = reference.scores(logits, self.settings.scoring_func)[1], padding_mask
         if valid is None:
             ids = balanced_assignment(logits.detach())

@@ -126,7 +126,8 @@ def choose(
     if slots is None:
         known = logits.device.type == "cpu" and not torch.compiler.is_compiling() and len(per_token) > 0
         slots = max(int(per_token.max()), 1) if known else logits.shape[1]
-    return Routing(*_SLOTS(logits, scores, least, last, slots), counts, None, None)
+    weights, ids = _SLOTS(logits, scores, least, last, slots)
+    return Routing(weights, ids, counts, None, None)
 
 
 def tokens_of(op: str, group: str | int, T: int, sequence_length: int | None) -> int:

@@ -41,6 +41,9 @@ MOE_CASE(tiles) {
 MOE_CASE(halves) {
   return compare([](Outputs& out) { return plan<bf16>({20, 5, 1, 1, false}, out); });
 }
+MOE_CASE(one_block) {
+  return compare([](Outputs& out) { return plan<float>({8, 70, 2, 1, false}, out); });
+}
 MOE_CASE(doubles) {
   return compare([](Outputs& out) { return plan<double>({9, 3, 3, 1, false}, out); });
 }

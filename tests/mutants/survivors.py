@@ -34,6 +34,27 @@ HARMLESS: dict[str, str] = {
     "csrc/cuda/sum_scores.cuh | off by one < | for (int e = threadIdx.x; e < E; e += blockDim.x) sums[e] = 0;": (
         "sums[E] lies in the 16 spare bytes behind sums; nobody reads it."
     ),
+    "csrc/cuda/sinkhorn.cuh | off by one < | "
+    "for (int base = blockIdx.x * kWarp; base < E; base += gridDim.x * kWarp) {": (
+        "At base == E no lane has a column below E: nothing is read of the tiles, nothing is stored. A wasted turn."
+    ),
+    "csrc/cuda/sinkhorn.cuh | off by one < | for (int e = threadIdx.x; e < E; e += blockDim.x) own[e] = 1;": (
+        "own[E] is the first number of the scratch behind it, which is written before it is read again."
+    ),
+    "csrc/cuda/expert_choice.cuh | off by one < | for (int64_t first = int64_t(blockIdx.x) * tile.tokens; first < args.T; "
+    "first += int64_t(gridDim.x) * tile.tokens) {": (
+        "At first == T the tile has no tokens: no row is scored, nothing is stored, all threads meet the same barriers."
+    ),
+    "csrc/cuda/expert_choice.cuh | off by one < | for (int64_t first = int64_t(blockIdx.x) * tile.tokens; first < args.T; "
+    "first += int64_t(gridDim.x) * tile.tokens) { #2": (
+        "At first == T the tile has no tokens: nothing is loaded or stored, all threads meet the same barriers."
+    ),
+    "csrc/cuda/expert_choice.cuh | off by one < | for (int64_t base = 0; base < args.n; base += blockDim.x) {": (
+        "At base == n no thread has a token below n: its key is 0, which no score has. Nothing is counted or taken."
+    ),
+    "csrc/cuda/expert_choice.cuh | off by one < | for (int base = 0; base < K; base += kWarp) {": (
+        "At base == K no lane has a slot below K: nothing is taken, nothing is stored. A wasted turn."
+    ),
 } | {
     f"csrc/cuda/{file}.cuh | off by one < | "
     f"for (int64_t first = runs.begin(run); first < end; first += tile.tokens) {{{turn}": (
