@@ -26,59 +26,98 @@ def hit_uniform(sizes: Tensor, E: int, K: int) -> Tensor:
     return 1 - missed
 
 
-def odds(inclusion: Tensor, K: int, *, tolerance: float = 1e-10, steps: int = 500) -> Tensor:
-    """Odds [E] with which a choice of K distinct experts takes each with the chance inclusion [E] (all < 1, sum K).
+def odds(inclusion: Tensor, K: int, *, tolerance: float = 1e-10, steps: int = 200) -> Tensor:
+    """Odds [E] with which a choice of K distinct experts takes each with the chance inclusion [E] (in (0, 1), sum K).
 
-    Every round multiplies an odds by wanted / reached (Chen, Dempster and Liu 1994, Biometrika 81).
+    Every round moves the log-odds towards those wanted, by three quarters: the chances are negatively correlated, so
+    that a whole step could swing for ever (two experts, K = 1).
     """
     w = inclusion / (1 - inclusion)
+    wanted = torch.logit(inclusion)
     for _ in range(steps):
-        reached = 1 - _missed(w, K, [1] * len(w))
-        if float((reached - inclusion).abs().max()) < tolerance:
+        missed = _missed(_polynomials(w[:, None], K))
+        if float((1 - missed - inclusion).abs().max()) < tolerance:
             break
-        w = w * inclusion / reached.clamp(min=1e-300)
-        w = w * (inclusion.sum() / (w / (1 + w)).sum())  # the scale is free: keep e_K within float64
+        w = w * torch.exp(0.75 * (wanted - torch.log((1 - missed) / missed)))
+        w = w * (K / (w / (1 + w)).sum())  # the scale is free: keep e_K within float64
     return w
 
 
-def hit_of_load(load: Tensor, K: int, bins: Tensor, num_bins: int) -> Tensor:
-    """float64 [num_bins]: the chance that a token's K distinct experts touch each bin. load [E] sums to K, none above
-    1; bins int [E]: of every expert."""
-    hit = torch.zeros(num_bins, dtype=torch.float64)
+def hits_of_load(load: Tensor, K: int, groupings: Sequence[tuple[Tensor, int]]) -> list[Tensor]:
+    """For each (bins int [E], number of bins): float64 [bins], the chance that a token touches each.
+
+    load [E]: with which chance each of K distinct experts is taken; sums to K, none above 1.
+    """
     sure = load >= 1 - 1e-9
-    hit[bins[sure]] = 1
     free = (~sure & (load > 0)).nonzero().flatten()
     left = K - int(sure.sum())
-    if not left or not len(free):
-        return hit
-    order = free[torch.argsort(bins[free], stable=True)]
-    share = load[order] * (left / load[order].sum())
-    if len(order) == left:  # nothing to choose
-        hit[bins[order]] = 1
-        return hit
-    sizes = torch.bincount(bins[order], minlength=num_bins)
-    return torch.maximum(hit, 1 - _missed(odds(share, left), left, sizes.tolist()))
+    w = torch.zeros(0, dtype=torch.float64)
+    if left and len(free) > left:  # else nothing to choose
+        w = odds(load[free] * (left / load[free].sum()), left)
+    found = []
+    for bins, num_bins in groupings:
+        hit = torch.zeros(num_bins, dtype=torch.float64)
+        if len(w):
+            hit = 1 - _missed(_polynomials(_by_bin(w, bins[free], num_bins), left))
+        elif left:
+            hit[bins[free]] = 1
+        hit[bins[sure]] = 1
+        found.append(hit)
+    return found
 
 
-def _missed(w: Tensor, K: int, sizes: Sequence[int]) -> Tensor:
-    """The chance that no expert of each consecutive bin is chosen: e_K of the others' odds over e_K of all."""
-    ends, end = [], 0
-    for size in sizes:
-        end += size
-        ends.append(end)
-    ahead, behind = _symmetric(w, K), _symmetric(w.flip(0), K)
-    first = torch.tensor([e - s for e, s in zip(ends, sizes)])
-    last = len(w) - torch.tensor(ends)
-    return (ahead[first] * behind[last].flip(1)).sum(1) / ahead[-1, K]
+def _by_bin(w: Tensor, bins: Tensor, num_bins: int) -> Tensor:
+    """[bins, most]: the odds in every bin, filled up with 0."""
+    order = torch.argsort(bins, stable=True)
+    sizes = torch.bincount(bins, minlength=num_bins)
+    place = torch.arange(len(bins)) - (sizes.cumsum(0) - sizes)[bins[order]]
+    table = torch.zeros(num_bins, int(sizes.max()), dtype=torch.float64)
+    table[bins[order], place] = w[order]
+    return table
 
 
-def _symmetric(w: Tensor, K: int) -> Tensor:
-    """[E + 1, K + 1]: elementary symmetric polynomials e_0 .. e_K of the first 0 .. E odds."""
-    rows = [[1.0] + [0.0] * K]
-    for odd in w.tolist():
-        last = rows[-1]
-        rows.append([1.0] + [last[k] + odd * last[k - 1] for k in range(1, K + 1)])
-    return torch.tensor(rows, dtype=torch.float64)
+def _polynomials(w: Tensor, K: int) -> Tensor:
+    """[bins, n] odds -> [bins, K + 1]: symmetric polynomials e_0 .. e_K, the coefficients of prod(1 + w z)."""
+    rows = torch.zeros(*w.shape, K + 1, dtype=torch.float64)
+    rows[..., 0], rows[..., 1] = 1, w
+    while rows.shape[1] > 1:
+        if rows.shape[1] % 2:
+            rows = torch.cat([rows, _one(rows[:, :1])], 1)
+        rows = _times(rows[:, 0::2], rows[:, 1::2])
+    return rows[:, 0]
+
+
+def _missed(rows: Tensor) -> Tensor:
+    """[bins, K + 1] -> [bins]: the chance that no expert of a bin is chosen: e_K of all others over e_K of all."""
+    others = _others(rows)
+    K = rows.shape[1] - 1
+    return others[:, K] / _times(rows[:1], others[:1])[0, K]
+
+
+def _others(rows: Tensor) -> Tensor:
+    """The product of all rows but each itself: nothing is divided, so nothing cancels."""
+    n = len(rows)
+    if n == 1:
+        return _one(rows)
+    padded = torch.cat([rows, _one(rows[:1])]) if n % 2 else rows
+    even, odd = padded[0::2], padded[1::2]
+    outside = _others(_times(even, odd))
+    return torch.stack([_times(outside, odd), _times(outside, even)], 1).flatten(0, 1)[:n]
+
+
+def _times(a: Tensor, b: Tensor) -> Tensor:
+    """Products of polynomials [..., K + 1] up to degree K."""
+    K = a.shape[-1] - 1
+    c = torch.zeros_like(a)
+    for k in range(K + 1):
+        c[..., k:] += a[..., k : k + 1] * b[..., : K + 1 - k]
+    return c
+
+
+def _one(like: Tensor) -> Tensor:
+    row = torch.zeros_like(like)
+    row[..., 0] = 1
+    return row
 
 
 def p99(mean: float, variance: float, most: int) -> float:
@@ -100,8 +139,9 @@ def overflow(tokens: int, chance: Tensor, capacity: int) -> tuple[Tensor, Tensor
     n = torch.tensor(float(tokens), dtype=torch.float64)
     ways = torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
     distinct, which = torch.unique(chance.double(), return_inverse=True)
-    tails = torch.zeros(2, len(distinct), dtype=torch.float64)
-    for i, p in enumerate(distinct):
+    over, beyond = [], []
+    for p in distinct[:, None].split(max(1, 2**20 // max(1, len(k)))):
         pmf = torch.exp(ways + torch.special.xlogy(k, p) + torch.special.xlogy(n - k, 1 - p))
-        tails[0, i], tails[1, i] = pmf.sum(), (pmf * (k - capacity)).sum()
-    return tails[0][which], tails[1][which]
+        over.append(pmf.sum(1))
+        beyond.append(pmf @ (k - capacity))
+    return torch.cat(over)[which], torch.cat(beyond)[which]

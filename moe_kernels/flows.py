@@ -111,8 +111,7 @@ def flows(shape: Shape, *, load: Tensor | Sequence[float] | None = None, nodes_p
         variance = chances.slots_variance(held, shape.E, shape.K)
         return _expected(shape, _Reach(hit, node_hit, held.double() * (shape.K / shape.E), variance, held))
     share = _shares(load, shape)
-    hit = chances.hit_of_load(share, shape.K, owner, shape.W)
-    node_hit = chances.hit_of_load(share, shape.K, shape.node[owner], shape.N)
+    hit, node_hit = chances.hits_of_load(share, shape.K, [(owner, shape.W), (shape.node[owner], shape.N)])
     slots, variance = (torch.zeros(shape.W, dtype=torch.float64).scatter_add_(0, owner, each)
                        for each in (share, share * (1 - share)))  # fmt: skip
     return _expected(shape, _Reach(hit, node_hit, slots, variance, held), share)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from . import check, presets
+from .placement import balance
 from .planner import Links, Plan, plan
 
 DTYPES = {"fp8": torch.float8_e4m3fn, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -35,6 +36,7 @@ def add_arguments(word: argparse.ArgumentParser) -> None:
     word.add_argument("--capacity-factor", type=float, metavar="F", help="for the share of dropped slots")
     word.add_argument("--load", metavar="FILE", help="counts of the experts, from a file of Monitor.save")
     word.add_argument("--layer", help="of that file (the first)")
+    word.add_argument("--slots", type=int, metavar="N", help="balance that load over so many slots, with copies")
     fields = ", ".join(f.name for f in dataclasses.fields(Links))
     word.add_argument("--links", default="", metavar="NAME=X,..", help=f"speeds: {fields}")
     word.add_argument("--json", action="store_true", help="the same as JSON")
@@ -42,10 +44,10 @@ def add_arguments(word: argparse.ArgumentParser) -> None:
 
 
 def table(plans: Sequence[Plan]) -> str:
-    """One line a cluster size: communication of each transport in microseconds, the choice, buffers and drops."""
+    """One line a cluster size: microseconds of each transport, choice, buffers, fullest rank, drops."""
     lines = [
         f"{'GPUs':>5}  {'flat':>8} {'dedup':>8} {'2-level':>8} {'gather':>9}  {'use':<10} {'C':>1} {'bound by':<8} "
-        f"{'MB nic':>8} {'nvlink':>8}  {'recv MB':>8} {'p99':>8} {'worst':>8}  {'drops':>6}"
+        f"{'MB nic':>8} {'nvlink':>8}  {'recv MB':>8} {'p99':>8} {'worst':>8}  {'fullest':>7} {'drops':>6}"
     ]
     for p in plans:
         us = [f"{p.us[name]:.0f}" if name in p.us else "-" for name in COLORS]
@@ -53,7 +55,7 @@ def table(plans: Sequence[Plan]) -> str:
         lines.append(
             f"{p.world_size:>5}  {us[0]:>8} {us[1]:>8} {us[2]:>8} {us[3]:>9}  {p.transport:<10} {p.chunks:>1} "
             f"{p.dominant:<8} {sent['nic'] / 1e6:>8.1f} {sent['nvlink'] / 1e6:>8.1f}  {p.recv_mean / 1e6:>8.1f} "
-            f"{p.recv_p99 / 1e6:>8.1f} {p.recv_worst / 1e6:>8.1f}  {p.drop_prob:>6.1%}"
+            f"{p.recv_p99 / 1e6:>8.1f} {p.recv_worst / 1e6:>8.1f}  {p.imbalance:>7.2f} {p.drop_prob:>6.1%}"
         )
     return "\n".join(lines)
 
@@ -101,12 +103,21 @@ def plans_of(asked: argparse.Namespace) -> list[Plan]:
     H, I = asked.hidden or preset.hidden_size, asked.intermediate or preset.intermediate_size
     E, K = asked.experts or preset.num_experts, asked.top_k or preset.top_k
     load = None if asked.load is None else _load(asked.load, asked.layer)
+    if asked.slots is not None and load is None:
+        check.refuse("plan", "--slots", "given together with --load", str(asked.slots))
     options = {
         "gpus_per_node": asked.gpus_per_node, "dispatch_dtype": DTYPES[asked.dispatch],
-        "combine_dtype": DTYPES[asked.combine], "links": _links(asked.links), "load": load,
+        "combine_dtype": DTYPES[asked.combine], "links": _links(asked.links),
         "nodes_per_token": asked.nodes_per_token, "capacity_factor": asked.capacity_factor,
     }  # fmt: skip
-    return [plan(asked.tokens, H, I, E if load else max(E, W), K, W, **options) for W in _numbers("--gpus", asked.gpus)]
+    found = []
+    for W in _numbers("--gpus", asked.gpus):
+        spread = None if load is None else torch.tensor(load)
+        if asked.slots is not None and load is not None:
+            spread = balance(load, num_slots=asked.slots, world_size=W).slot_load(load)
+        experts = max(E, W) if load is None else E if asked.slots is None else asked.slots
+        found.append(plan(asked.tokens, H, I, experts, K, W, load=spread, **options))
+    return found
 
 
 def _numbers(option: str, text: str) -> list[int]:

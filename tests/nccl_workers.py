@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from moe_kernels._host import NcclCommunicator
 
+from moe_kernels.nccl import Nccl
+
 
 def connect(library: str, timeout: float = 60.0) -> Any:
     """A communicator of all ranks, with rank 0's id."""
@@ -191,3 +193,37 @@ def forked(comm: Any) -> list[str]:
     work, receive, want = post(comm, even, 3)
     work.wait(60)
     return [*text.split("|"), str(torch.equal(receive, want))]
+
+
+def tensors(rank: int, folder: Path) -> dict[str, Any]:
+    """`Nccl`: rows of several dtypes, refusals, and a rank without the library."""
+    library = (folder / "library").read_text()
+    nccl, found = Nccl(timeout=60.0, nccl=library, cuda=library), {}
+    W = nccl.world_size
+    counts = [[(source * 3 + to) % 4 for to in range(W)] for source in range(W)]
+    send, receive = counts[rank], [row[rank] for row in counts]
+
+    def rows_of(source: int, dtype: torch.dtype) -> list[torch.Tensor]:
+        """What a rank sends to each."""
+        make = lambda to: torch.arange(counts[source][to] * 6).view(-1, 2, 3) + 100 * source + 10 * to  # noqa: E731
+        return [make(to).to(dtype) for to in range(W)]
+
+    for dtype in (torch.bfloat16, torch.float64, torch.uint8, torch.float8_e4m3fn):
+        moving = nccl.all_to_all(torch.cat(rows_of(rank, dtype)), send, receive)
+        came = moving.wait(60.0)
+        want = torch.cat([rows_of(source, dtype)[rank] for source in range(W)])
+        found[str(dtype)] = torch.equal(came.view(torch.uint8), want.view(torch.uint8)) and moving.done()
+    strided = torch.cat(rows_of(rank, torch.float64)).transpose(1, 2).contiguous().transpose(1, 2)
+    came = nccl.all_to_all(strided, send, receive).wait(60.0)
+    found["strided"] = torch.equal(came, torch.cat([rows_of(source, torch.float64)[rank] for source in range(W)]))
+    x = torch.zeros(sum(send), 2)
+    found["refused"] = [
+        said(lambda: nccl.all_to_all(x, [0] * W, receive)),
+        said(lambda: nccl.all_to_all(x, send[1:], receive)),
+        said(lambda: nccl.all_to_all(x, send, [-1] * W)),
+    ]
+    nccl.close()
+    found["closed"] = said(lambda: nccl.all_to_all(x, send, receive))
+    missing = "/nowhere/libnccl.so" if rank == W - 1 else library
+    found["missing"] = said(lambda: Nccl(timeout=5.0, nccl=missing, cuda=library))
+    return found

@@ -17,6 +17,8 @@ import processes
 import pytest
 import torch
 
+from moe_kernels.nccl import Nccl
+
 _host = pytest.importorskip("moe_kernels._host", reason="the compiled library is not built")
 NcclCommunicator = _host.NcclCommunicator
 
@@ -74,6 +76,26 @@ def test_faults_end_in_time_and_say_what(library: str, tmp_path: Path) -> None:
     assert "remote process exited" in one["error"] and "asked for by the test" in one["error"]
     assert zero["error"] == "NcclCommunicator: rank 0: all_to_all did not end within 1.0 s"
     assert any("sends rank" in f["swapped"] for f in found), "two exchanges in another order were not noticed"
+
+
+def test_rows_of_tensors(library: str, tmp_path: Path) -> None:
+    for rank, found in enumerate(run("tensors", library, tmp_path, 3)):
+        for name in ("torch.bfloat16", "torch.float64", "torch.uint8", "torch.float8_e4m3fn", "strided"):
+            assert found[name], name
+        few, short, negative = found["refused"]
+        assert few.startswith("Nccl.all_to_all: send must be counts of the ") and few.endswith("[0, 0, 0], of 0")
+        assert short.startswith("Nccl.all_to_all: send must be a count for each of 3 ranks")
+        assert negative == "Nccl.all_to_all: a count of receive must be 0 or more, got -1"
+        assert found["closed"] == "NcclCommunicator: all_to_all after: it was closed"
+        if rank == 2:
+            assert found["missing"].startswith("NcclCommunicator: cannot load NCCL: /nowhere/libnccl.so")
+        else:
+            assert found["missing"] == "Nccl: rank 2 of the group could not load its libraries"
+
+
+def test_it_needs_a_group() -> None:
+    with pytest.raises(RuntimeError, match="Nccl: needs a process group"):
+        Nccl()
 
 
 def test_arguments(library: str) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from moe_kernels import cli, plan_report
+from moe_kernels.placement import balance
 from moe_kernels.planner import Links, plan
 
 
@@ -62,6 +63,13 @@ def test_load_of_a_monitor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert even["imbalance"] == pytest.approx(1.0) and hot["imbalance"] == pytest.approx(2.0)
 
 
+def test_slots_balance_the_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--gpus", "4", "--experts", "4", "--top-k", "2", "--load", str(monitor_file(tmp_path)), "--layer", "b"]
+    fullest = [float(said(capsys, *options, *more).splitlines()[-1].split()[-2]) for more in ([], ["--slots", "8"])]
+    placed = balance([8, 4, 2, 2], num_slots=8, world_size=4).rank_load([8, 4, 2, 2])
+    assert fullest == [2.0, round(float(placed.max()) / 4, 2)] and fullest[1] < 1.5
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
@@ -74,6 +82,7 @@ def test_load_of_a_monitor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         (["--load", "missing.json"], "missing.json"),
         (["--load", "MONITOR", "--layer", "z"], "--layer must be one of a, b, got 'z'"),
         (["--load", "MONITOR"], "plan: load must be [E=256] counts or shares, got [4]"),
+        (["--slots", "512"], "--slots must be given together with --load, got 512"),
         (["--top-k", "1000"], "plan: K must be in 1..E=256, got 1000"),
     ],
 )

@@ -158,7 +158,7 @@ def test_a_load_is_met_by_the_choice_of_maximum_entropy() -> None:
     assert torch.allclose(taken, share.double(), atol=1e-8)
     owner = owners(E, W)
     hit = torch.stack([((owner[choices] == r).any(1) * weight).sum() for r in range(W)])
-    assert torch.allclose(chances.hit_of_load(share.double(), K, owner, W), hit, atol=1e-8)
+    assert torch.allclose(chances.hits_of_load(share.double(), K, [(owner, W)])[0], hit, atol=1e-8)
     node = torch.stack([((owner[choices] // g == n).any(1) * weight).sum() for n in range(2)])
     found = plan(1000, 8, 8, E, K, W, gpus_per_node=g, load=load)
     assert found.rows["two_level"]["nic"] == pytest.approx(1000 * float(node.sum()) / 2, rel=1e-6)
@@ -167,6 +167,22 @@ def test_a_load_is_met_by_the_choice_of_maximum_entropy() -> None:
 
 def chances_of(owner: torch.Tensor, share: torch.Tensor, W: int) -> torch.Tensor:
     return torch.zeros(W).scatter_add_(0, owner, share)
+
+
+@pytest.mark.parametrize(("E", "K"), [(2, 1), (3, 2), (9, 4), (40, 8), (300, 6), (5, 4)])
+def test_odds_reach_the_chances_that_are_wanted(E: int, K: int) -> None:
+    """Skewed and nearly certain shares too; the chance that an expert is taken adds up over all bins."""
+    for power in (0.0, 1.0, 4.0, 12.0):
+        share = torch.rand(E, dtype=torch.float64, generator=torch.Generator().manual_seed(E)) ** power + 1e-4
+        for _ in range(200):  # shares at most 0.999 that sum to K
+            share = (share * (K / share.sum())).clamp(max=0.999)
+        share = share * (K / share.sum())
+        if float(share.max()) >= 1:
+            continue
+        (each,) = chances.hits_of_load(share, K, [(torch.arange(E), E)])
+        assert float((each - share).abs().max()) < 1e-9, power
+        (two,) = chances.hits_of_load(share, K, [(torch.arange(E) * 2 // E, 2)])
+        assert bool((two <= 1 + 1e-12).all()) and bool((two >= each.view(-1).max() - 1).all())
 
 
 def test_an_even_load_is_no_load() -> None:
@@ -180,7 +196,9 @@ def test_experts_that_every_token_takes() -> None:
     found = plan(10, 8, 8, 8, 2, 4, gpus_per_node=2, load=[1, 0, 0, 0, 0, 0, 1, 0])
     exact = plan(10, 8, 8, 8, 2, 4, gpus_per_node=2, topk_ids=[torch.tensor([[0, 6]] * 10)] * 4)
     assert found.rows == exact.rows
-    partly = chances.hit_of_load(torch.tensor([1.0, 0.5, 0.5], dtype=torch.float64), 2, torch.tensor([0, 1, 2]), 3)
+    (partly,) = chances.hits_of_load(
+        torch.tensor([1, 0.5, 0.5], dtype=torch.float64), 2, [(torch.tensor([0, 1, 2]), 3)]
+    )
     assert torch.allclose(partly, torch.tensor([1.0, 0.5, 0.5], dtype=torch.float64))
 
 

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Nccl`: an all-to-all of rows over a NCCL communicator of our own, with deadlines (csrc/comm).
+
+    nccl = Nccl(group)                                      # on every rank
+    moving = nccl.all_to_all(rows, send, receive)           # starts; the host goes on
+    ...                                                     # kernels of the current stream run beside it
+    came = moving.rows()                                    # the current stream waits for it, the host does not
+
+Its calls cannot interleave with those of torch.distributed, and a peer that is late or gone ends in an error within the
+timeout. The sizes have to be agreed upon before: rows that were not announced are an error at best.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import check
+
+ID_BYTES = 128
+
+
+class Exchange:
+    """One all-to-all under way. Keeps both buffers until the rows are asked for."""
+
+    def __init__(self, work: Any, sent: Tensor, came: Tensor) -> None:
+        self._work, self._sent, self._came = work, sent, came
+
+    def done(self) -> bool:
+        """Whether the rows have come. RuntimeError if the communicator failed."""
+        return bool(self._work.done())
+
+    def wait(self, timeout: float) -> Tensor:
+        """The rows, after waiting for them on the host. RuntimeError after so many seconds."""
+        self._work.wait(timeout)
+        return self._came
+
+    def rows(self) -> Tensor:
+        """The rows, for work on the current stream, which waits for them."""
+        self._work.join(_stream(self._came))
+        return self._came
+
+
+class Nccl:
+    """Joins the ranks of a process group in a communicator of our own. Every one of them has to make it.
+
+    Args:
+        group: None: all ranks. Used once, to agree on the id; of any backend.
+        timeout: seconds for connecting, and for posting an exchange.
+        nccl, cuda: paths of libnccl and libcudart; "" for those that torch has loaded.
+
+    Errors: RuntimeError on every rank, naming the rank at which a library is missing, or the time that ran out.
+    """
+
+    def __init__(self, group: Any = None, *, timeout: float = 30.0, nccl: str = "", cuda: str = "") -> None:
+        NcclCommunicator = importlib.import_module("moe_kernels._host").NcclCommunicator  # compiled
+        if not (dist.is_available() and dist.is_initialized()):
+            raise RuntimeError("Nccl: needs a process group: call torch.distributed.init_process_group first")
+        self._host_memory = bool(cuda)  # a stand-in; CUDA's own runtime comes with torch
+        rank, W = dist.get_rank(group), dist.get_world_size(group)
+        problem = ""
+        try:
+            unique = NcclCommunicator.unique_id(nccl, cuda)
+        except RuntimeError as error:
+            unique, problem = bytes(ID_BYTES), str(error)
+        on = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
+        mine = torch.tensor([*unique, bool(problem)], dtype=torch.uint8, device=on)
+        every = torch.empty(W * len(mine), dtype=torch.uint8, device=on)
+        dist.all_gather_into_tensor(every, mine, group=group)
+        records = every.view(W, -1).cpu()
+        failed = records[:, ID_BYTES].nonzero().flatten().tolist()
+        if failed:
+            raise RuntimeError(problem or f"Nccl: rank {failed[0]} of the group could not load its libraries")
+        device = torch.cuda.current_device() if torch.cuda.is_available() else 0
+        first = bytes(records[0, :ID_BYTES].tolist())
+        self.communicator = NcclCommunicator(W, rank, first, device=device, timeout=timeout, nccl=nccl, cuda=cuda)
+        self.rank, self.world_size = rank, W
+
+    def all_to_all(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Exchange:
+        """Starts sending send[p] rows to every rank p and receiving receive[p] rows from it.
+
+        rows [sum(send), ...] of any dtype on the GPU, rank by rank; what comes is [sum(receive), ...] likewise.
+
+        Errors: TypeError, ValueError for the arguments; RuntimeError if the communicator failed.
+        """
+        op = "Nccl.all_to_all"
+        if not isinstance(rows, Tensor) or rows.dim() == 0:
+            check.refuse(op, "rows", "a tensor [R, ...]", check.got(rows), TypeError)
+        if not rows.is_cuda and not self._host_memory:
+            check.refuse(op, "rows", "on the GPU", str(rows.device))
+        for name, counts in (("send", send), ("receive", receive)):
+            if len(counts) != self.world_size:
+                check.refuse(op, name, f"a count for each of {self.world_size} ranks", str(list(counts)))
+            for n in counts:
+                check.count(op, f"a count of {name}", n, 0)
+        if sum(send) != rows.shape[0]:
+            check.refuse(op, "send", f"counts of the {rows.shape[0]} rows", f"{list(send)}, of {sum(send)}")
+        rows = rows.contiguous()
+        came = rows.new_empty(sum(receive), *rows.shape[1:])  # on the current stream, before the exchange leaves it
+        width = rows[0].nbytes if len(rows) else came[0].nbytes if len(came) else 0
+        sizes = [[n * width for n in counts] for counts in (send, receive)]
+        work = self.communicator.all_to_all(rows.data_ptr(), sizes[0], came.data_ptr(), sizes[1], _stream(rows))
+        return Exchange(work, rows, came)
+
+    def abort(self) -> None:
+        """Ends everything in flight, on this rank."""
+        self.communicator.abort()
+
+    def close(self) -> None:
+        """Ends in order; every rank has to call it."""
+        self.communicator.close()
+
+
+def _stream(t: Tensor) -> int:
+    return int(torch.cuda.current_stream(t.device).cuda_stream) if t.is_cuda else 0
