@@ -93,7 +93,11 @@ simt: $(VENV)/test.stamp
 mutants: $(VENV)/test.stamp
 	$(BIN)/python tests/mutants/run.py $(ARGS)
 
-soak fuzz:
+# Hours: ranks killed, stopped, made to fail or to disagree, threads, leaks. ARGS="--share 0.1 kill stop" for a part.
+soak: $(VENV)/test.stamp
+	cd tests && MOE_KERNELS_STRICT=1 ../$(BIN)/python soak.py $(ARGS)
+
+fuzz:
 	@echo "make $@ is not built yet"; exit 2
 
 $(VENV)/torch.stamp:

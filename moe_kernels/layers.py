@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +31,6 @@ from .losses import GlobalCounts, Load, Loss, LossInputs, ZLoss, groups_of, reso
 from .ops import Routing
 from .routers import INITS, Gate, RouterFn, RouterSettings, draw, make_gate
 from .schemas import ACTIVATIONS, acc_dtype
-
-if TYPE_CHECKING:
-    from .expert_parallel.engine import Engine
 
 
 class Experts(nn.Module):
@@ -177,8 +174,8 @@ class MoELayer(nn.Module):
         self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False, **place) if shared_gate else None
         self.aux_loss: Tensor = torch.zeros(())
         self.last_routing: Routing | None = None
-        self.parallel: Engine | None = None
-        """set by `ExpertParallel`: the experts are spread over ranks"""
+        self.parallel: Any = None
+        """set by `ExpertParallel`, whose Engine then runs the experts"""
         self.reset_parameters()
 
     def _check_combination(self) -> None:

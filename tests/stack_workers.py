@@ -13,6 +13,8 @@ from torch.distributed.fsdp import fully_shard
 import moe_kernels as mk
 from moe_kernels import hf
 from moe_kernels.demo import families
+from moe_kernels.expert_parallel import link as links
+from moe_kernels.hf import exchange
 
 Tensors = dict[str, torch.Tensor]
 
@@ -67,6 +69,14 @@ def expert_parallel_all_reduce(rank: int, folder: Path) -> tuple[Tensors, int]:
 def expert_parallel_all_to_all(rank: int, folder: Path) -> tuple[Tensors, int]:
     """The same, exchanging tokens."""
     return _expert_parallel(folder, "all_to_all")
+
+
+def expert_parallel_moe_kernels(rank: int, folder: Path) -> tuple[Tensors, int]:
+    """The same over our exchange."""
+    exchange.register_expert_parallel()
+    found = _expert_parallel(folder, exchange.NAME)
+    assert any(link.sequence > 0 for link in links._links.values()), "our exchange was not used"
+    return found
 
 
 def fails_on_one_rank(rank: int, folder: Path) -> None:

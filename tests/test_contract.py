@@ -151,6 +151,10 @@ def test_python_imports_go_down():
     for path in (PACKAGE / "routers").glob("*.py"):
         found = imported(path, level=2)
         assert found <= {"check", "draws", "ops", "reference", "schemas"}, f"{path.name} imports {found}"
+    below_parallel = {"capacity", "check", "layers", "ops", "planner", "routers", "schemas", "traffic"}
+    for path in (PACKAGE / "expert_parallel").glob("*.py"):
+        found = imported(path, level=2)
+        assert found <= below_parallel, f"{path.name} imports {found}"
 
 
 # ---- form

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch.distributed.checkpoint import load
 
 import moe_kernels as mk
 from moe_kernels import expert_parallel
+from moe_kernels.expert_parallel import engine
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -47,7 +49,7 @@ def test_a_checkpoint_changes_the_number_of_ranks(tmp_path: Path) -> None:
 @pytest.mark.parametrize("chunks", range(1, 9))
 def test_schedule(chunks: int) -> None:
     """R20: every exchange and product once, a chunk's in order, and no more than two dispatches ahead of a combine."""
-    order = expert_parallel.engine.schedule(chunks)
+    order = engine.schedule(chunks)
     assert sorted(order) == sorted((what, i) for what in ("dispatch", "experts", "combine") for i in range(chunks))
     for i in range(chunks):
         assert order.index(("dispatch", i)) < order.index(("experts", i)) < order.index(("combine", i))
@@ -97,3 +99,15 @@ def test_example_names_the_rank_that_died() -> None:
     run = example("--steps", "11", "--length", "32", "--kill-rank", "1", "--kill-step", "3", ranks=2)
     assert run.returncode != 0
     assert "[rank 0] ExpertParallel: rank 1, process" in run.stdout, (run.stdout, run.stderr[-2000:])
+
+
+DOCUMENT = (ROOT / "docs/expert_parallel.md").read_text()
+
+
+def test_document() -> None:
+    """The snippet runs; every transport has a row; the example's options exist."""
+    (snippet,) = re.findall(r"^```python\n(.*?)^```", DOCUMENT, re.MULTILINE | re.DOTALL)
+    exec(compile(snippet, "expert_parallel.md", "exec"), {})
+    assert set(re.findall(r"^\| `(\w+)` \| (?:once|to|as) ", DOCUMENT, re.MULTILINE)) == set(engine.TRANSPORTS)
+    options = set(re.findall(r"train_ep\.py.*?(--[a-z-]+)", DOCUMENT))
+    assert options and all(f'"{option}"' in (ROOT / "examples/train_ep.py").read_text() for option in options)

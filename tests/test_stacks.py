@@ -106,7 +106,7 @@ def test_fsdp2(checkpoint: tuple[Path, Expected]) -> None:
     must_differ(expected, found)
 
 
-@pytest.mark.parametrize("how", ["all_reduce", "all_to_all"])
+@pytest.mark.parametrize("how", ["all_reduce", "all_to_all", "moe_kernels"])
 def test_expert_parallelism_of_hugging_face(checkpoint: tuple[Path, Expected], how: str) -> None:
     """DistributedConfig(ep_size=2): each rank holds half of the experts; inference and training are those of one."""
     folder, expected = checkpoint

@@ -77,8 +77,10 @@ class ExpertParallel(nn.Module):
         per_node = ranks_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", len(ranks)))
         _check_settings(layer, len(ranks), E, transport, capacity_factor, chunks, timeout, dispatch_dtype, per_node)
         owner, place = _placement(placement, E, len(ranks), capacity_factor is not None)
-        self.engine = Engine(ranks, owner, place, transport, capacity_factor, chunks, float(timeout), dispatch_dtype,
-                             min(per_node, len(ranks)), lane)  # fmt: skip
+        self.engine = Engine(
+            ranks=ranks, owner=owner, place=place, transport=transport, capacity_factor=capacity_factor, chunks=chunks,
+            timeout=float(timeout), dispatch_dtype=dispatch_dtype, ranks_per_node=min(per_node, len(ranks)), lane=lane,
+        )  # fmt: skip
         if held is not None:
             keep_local(experts, owner, place, self.engine.position)
         if isinstance(experts, Experts):

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..schemas import acc_dtype
 from . import header
 from .faults import LOCAL_ERRORS, MoECommError
 from .heartbeat import FAILED, Heartbeat, wait
@@ -142,9 +143,9 @@ class Link:
         return records
 
     def all_to_all(self, data: Tensor, send: Sequence[int], receive: Sequence[int], phase: str) -> Callable[[], Tensor]:
-        """Starts sending send[p] rows of data uint8 [sum(send), B] to every position p; the call returned ends it."""
+        """Starts sending send[p] rows of data [sum(send), n] to every position p; the call returned ends it."""
         out = data.new_empty(sum(receive), data.shape[1])
-        self._count(phase, [n * data.shape[1] for n in send])
+        self._count(phase, [rows * data.shape[1] * data.element_size() for rows in send])
         if self.size == 1:
             return lambda: out.copy_(data)
         work = self.post(phase, lambda: self._rows.alltoall_base(out, data, list(receive), list(send)))
@@ -160,13 +161,19 @@ class Link:
         return lambda: self.finish(work, phase, out)
 
     def reduce_scatter(self, data: Tensor, phase: str) -> Callable[[], Tensor]:
-        """Starts summing data [W*R, ...] over the ranks; each keeps its part [R, ...]."""
-        out = data.new_empty(data.shape[0] // self.size, *data.shape[1:])
-        self._count(phase, [out.nbytes] * self.size)
-        if self.size == 1:
-            return lambda: out.copy_(data)
-        work = self.post(phase, lambda: self._rows._reduce_scatter_base(out, data))
-        return lambda: self.finish(work, phase, out)
+        """Starts summing data [W*R, n] over the ranks; each keeps its part [R, n].
+
+        gloo's own sends more than that, and its wait knows no deadline: there the parts are exchanged and summed here.
+        """
+        R, n = data.shape[0] // self.size, data.shape[1]
+        if self.size > 1 and data.device.type == "cuda":
+            out = data.new_empty(R, n)
+            self._count(phase, [out.nbytes] * self.size)
+            work = self.post(phase, lambda: self._rows._reduce_scatter_base(out, data))
+            return lambda: self.finish(work, phase, out)
+        ended = self.all_to_all(data, [R] * self.size, [R] * self.size, phase)
+        acc = acc_dtype(data.dtype)
+        return lambda: ended().view(self.size, R, n).sum(0, dtype=acc).to(data.dtype)
 
     def _count(self, phase: str, sizes: Sequence[int]) -> None:
         node = self.position // self.ranks_per_node
@@ -198,8 +205,10 @@ class Link:
                 work.wait(POLL)
                 return out
             except RuntimeError as error:
-                waiting = "timed out" in str(error) and not work.is_completed()
-                if not waiting or alarmed or time.monotonic() > deadline:
+                polled = "Operation timed out!" in str(error)  # by this wait; the work itself says it otherwise
+                if polled and work.is_completed():
+                    continue  # a moment after the wait gave up
+                if not polled or alarmed or time.monotonic() > deadline:
                     raise self._blame(phase, str(error)) from error
                 alarmed = self.heartbeat is not None and self.heartbeat.alarm()  # what is on its way may still come
 
