@@ -33,13 +33,13 @@ LAUNCHERS = ("grouped_wgrad", "decode")
 
 _TYPES: dict[str, Any] = {
     "int64_t": ctypes.c_int64, "int32_t": ctypes.c_int32, "double": ctypes.c_double, "bool": ctypes.c_bool,
-    "DType": ctypes.c_int32, "Activation": ctypes.c_int32,
+    "DType": ctypes.c_int32, "Activation": ctypes.c_int32, "Epilogue": ctypes.c_int32,
 }  # fmt: skip
 
 
 def _struct(name: str) -> type[ctypes.Structure]:
     """The struct `name` of moe.h or a launcher's header, its members in order."""
-    for header in (CUDA.parent / "moe.h", *(CUDA / f"{launcher}.h" for launcher in LAUNCHERS)):
+    for header in (CUDA.parent / "moe.h", *(CUDA / f"{launcher}.h" for launcher in (*LAUNCHERS, "grouped_gemm"))):
         text = re.sub(r"//.*", "", header.read_text())
         if found := re.search(rf"^struct {name} {{(.*?)^}};", text, re.M | re.S):
             break
@@ -84,6 +84,7 @@ def library() -> ctypes.CDLL:
         getattr(found, f"moe_test_size_{name}").restype = ctypes.c_size_t
         getattr(found, f"moe_test_{name}_uses_mma").restype = ctypes.c_bool
         getattr(found, f"moe_test_{name}").restype = ctypes.c_char_p
+    found.moe_test_size_grouped_rows.restype, found.moe_test_grouped_rows.restype = ctypes.c_size_t, ctypes.c_char_p
     return found
 
 

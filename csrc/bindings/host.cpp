@@ -11,6 +11,7 @@
 #include "../cpu/choice.h"
 #include "../cpu/isa.h"
 #include "../cpu/limits.h"
+#include "../cuda/grouped_gemm_config.h"
 
 namespace py = pybind11;
 using namespace moe::cpu;
@@ -37,6 +38,23 @@ py::tuple panel_way(int64_t row_stride, int64_t col_stride, bool padded, int64_t
   return py::make_tuple(refused, way->name, width, depth);
 }
 
+/// Which CUDA kernel computes a grouped product on an architecture: the kernels that refuse it and why, the one taken,
+/// and the clocks that the model gives each of the others (0: the last one, which it does not rate).
+py::tuple product_tile(int arch, int64_t experts, int64_t rows, int64_t columns, int64_t depth, int64_t bytes,
+                       bool allow_tf32, bool in_16_bytes) {
+  using namespace moe::cuda;
+  const moe::DType dtype = bytes == 8 ? moe::DType::f64 : bytes == 4 ? moe::DType::f32 : moe::DType::bf16;
+  const ProductShape shape{experts, rows, columns, depth, dtype, allow_tf32, in_16_bytes};
+  const Processor on = processor_of(arch);
+  std::vector<std::pair<std::string, std::string>> refused;
+  std::vector<std::pair<std::string, int64_t>> clocks;
+  for (const TileRow& row : kTileRows) {
+    if (refusal(row, shape, on)) refused.emplace_back(row.name, refusal(row, shape, on));
+    else clocks.emplace_back(row.name, row.slice ? clocks_of(row, shape, on) : 0);
+  }
+  return py::make_tuple(refused, kTileRows[choose_config(shape, on)].name, clocks);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
@@ -49,6 +67,9 @@ PYBIND11_MODULE(_host, m) {
   m.def("panel_way", &panel_way, "(refused, way, columns, depth) of a product with a weight of these strides.",
         py::arg("row_stride"), py::arg("col_stride"), py::arg("padded"), py::arg("bytes"), py::arg("n"),
         py::arg("rows"), py::arg("halves"));
+  m.def("product_tile", &product_tile, "(refused, kernel, clocks) of a grouped product on a GPU.", py::arg("arch"),
+        py::arg("experts"), py::arg("rows"), py::arg("columns"), py::arg("depth"), py::arg("bytes"),
+        py::arg("allow_tf32") = false, py::arg("in_16_bytes") = true);
   m.def("multiply_add_rate", &multiply_add_rate, "Operations a second of a loop of multiply-adds on registers.",
         py::arg("threads"), py::arg("float64"), py::arg("steps"), py::call_guard<py::gil_scoped_release>());
   m.def(
