@@ -23,7 +23,7 @@ from torch import Tensor
 from moe_kernels.schemas import DTYPE_CODE
 
 sys.path.insert(0, str(simt_ops.ROOT / "tests/simt"))
-import programs  # noqa: E402
+import programs
 
 CUDA = simt_ops.ROOT / "csrc/cuda"
 KERNELS = ("grouped_wgrad", "decode", "grouped_gemm", "grouped_gemm_bf16", "grouped_gemm_f16", "grouped_gemm_tf32",
