@@ -23,10 +23,11 @@ from torch import Tensor
 from moe_kernels.schemas import DTYPE_CODE
 
 sys.path.insert(0, str(simt_ops.ROOT / "tests/simt"))
-import programs  # noqa: E402
+import programs
 
 CUDA = simt_ops.ROOT / "csrc/cuda"
-LAUNCHERS = ("grouped_wgrad", "decode")
+KERNELS = ("grouped_wgrad", "decode", "grouped_gemm", "grouped_gemm_bf16", "grouped_gemm_f16", "grouped_gemm_tf32",
+           "grouped_fma")  # fmt: skip
 
 
 # ---- structs of the headers as ctypes
@@ -39,7 +40,10 @@ _TYPES: dict[str, Any] = {
 
 def _struct(name: str) -> type[ctypes.Structure]:
     """The struct `name` of moe.h or a launcher's header, its members in order."""
-    for header in (CUDA.parent / "moe.h", *(CUDA / f"{launcher}.h" for launcher in (*LAUNCHERS, "grouped_gemm"))):
+    for header in (
+        CUDA.parent / "moe.h",
+        *(CUDA / f"{name}.h" for name in ("grouped_wgrad", "decode", "grouped_gemm")),
+    ):
         text = re.sub(r"//.*", "", header.read_text())
         if found := re.search(rf"^struct {name} {{(.*?)^}};", text, re.M | re.S):
             break
@@ -75,16 +79,17 @@ def make(struct: str, **values: Any) -> Any:
 @functools.cache
 def library() -> ctypes.CDLL:
     """Builds and loads the launchers. Errors: RuntimeError with the compiler's words."""
-    sources = [*sorted(CUDA.glob("grouped_*.cu")), CUDA / "decode.cu", simt_ops.ROOT / "tests/simt/direct.cpp"]
+    sources = [*(CUDA / f"{name}.cu" for name in KERNELS), simt_ops.ROOT / "tests/simt/direct.cpp"]
     found = ctypes.CDLL(str(programs.build("direct.so", sources, link_flags="-shared")))
     found.moe_test_register.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p, ctypes.c_bool]
     found.moe_test_unregister.argtypes = [ctypes.c_void_p]
     found.moe_simt_audit_stop.restype = ctypes.c_char_p
-    for name in LAUNCHERS:
-        getattr(found, f"moe_test_size_{name}").restype = ctypes.c_size_t
-        getattr(found, f"moe_test_{name}_uses_mma").restype = ctypes.c_bool
-        getattr(found, f"moe_test_{name}").restype = ctypes.c_char_p
-    found.moe_test_size_grouped_rows.restype, found.moe_test_grouped_rows.restype = ctypes.c_size_t, ctypes.c_char_p
+    return found
+
+
+def function(name: str, result: Any) -> Any:
+    found = getattr(library(), f"moe_test_{name}")
+    found.restype = result
     return found
 
 
@@ -100,7 +105,7 @@ def call(name: str, args: ctypes.Structure, reads: dict[str, Tensor | None], wri
     Errors: RuntimeError with the emulator's report.
     """
     lib = library()
-    wanted = getattr(lib, f"moe_test_size_{name}")()
+    wanted = function(f"size_{name}", ctypes.c_size_t)()
     assert wanted == ctypes.sizeof(args), f"{name}: {ctypes.sizeof(args)} bytes here, {wanted} in the header"
     os.environ[simt_ops.SEED] = str(simt_ops.next_seed())
     buffers = [(key, t, True) for key, t in reads.items() if t is not None]
@@ -108,7 +113,7 @@ def call(name: str, args: ctypes.Structure, reads: dict[str, Tensor | None], wri
     for key, tensor, written in buffers:
         lib.moe_test_register(tensor.data_ptr(), extent(tensor), key.encode(), written)
     try:
-        report = getattr(lib, f"moe_test_{name}")(ctypes.byref(args)).decode()
+        report = function(name, ctypes.c_char_p)(ctypes.byref(args)).decode()
     finally:
         for _, tensor, _ in buffers:
             lib.moe_test_unregister(tensor.data_ptr())
@@ -117,7 +122,7 @@ def call(name: str, args: ctypes.Structure, reads: dict[str, Tensor | None], wri
 
 
 def uses_mma(name: str, args: ctypes.Structure) -> bool:
-    return bool(getattr(library(), f"moe_test_{name}_uses_mma")(ctypes.byref(args)))
+    return bool(function(f"{name}_uses_mma", ctypes.c_bool)(ctypes.byref(args)))
 
 
 @contextmanager

@@ -36,15 +36,15 @@ class Case:
         self.slots = torch.randint(0, tokens * per_token, (self.S,), generator=g).int()
         if padding:
             self.slots[torch.rand(self.S, generator=g) < 0.3] = -1
-        self.slots[sum(counts):] = 2**30  # never looked up
-        self.weights = (torch.rand(tokens * per_token, generator=g, dtype=torch.float64) if weighted else None)
+        self.slots[sum(counts) :] = 2**30  # never looked up
+        self.weights = torch.rand(tokens * per_token, generator=g, dtype=torch.float64) if weighted else None
         self.sides, self.rows = [], []
         live = self.slots[: sum(counts)].long()
         for name, width in (("n", N), ("k", K)):
             data = torch.randn(tokens if name in gather else self.S, width, generator=g, dtype=torch.float64)
             data = data.to(self.dtype)
             if name not in gather:
-                data[sum(counts):] = math.nan
+                data[sum(counts) :] = math.nan
             wide = torch.full((len(data), width + 8), math.nan, dtype=self.dtype)
             wide[:, :width] = data
             self.sides.append((wide[:, :width], name in gather))
@@ -140,8 +140,9 @@ def test_the_token_of_a_slot(per_token):
     """The kernel divides by a multiplication: exact for every slot below 2^31."""
     Case((9, 30), 16, 8, torch.bfloat16, gather="nk", per_token=per_token).compare(mma=True)
     multiplier, shift = quotient(per_token)
+    assert multiplier < 2**32
     g = torch.Generator().manual_seed(per_token)
-    slots = torch.randint(0, 2**31, (2000,), generator=g).tolist() + [0, 2**31 - 1]
+    slots = [*torch.randint(0, 2**31, (2000,), generator=g).tolist(), 0, 2**31 - 1]
     slots += [n for q in (1, 2, 1000, (2**31 - 1) // per_token) for n in (q * per_token - 1, q * per_token)]
     assert all(n * multiplier >> shift == n // per_token for n in slots)
 

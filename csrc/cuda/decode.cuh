@@ -162,7 +162,8 @@ template <class T> MOE_DEVICE void combine(const ExpertMlp& p, const acc_t<T>* s
 
 /// y[:, 16 columns]: the rows of all experts, 64 at a time.
 template <class T, int N>
-MOE_KERNEL __launch_bounds__(256, N == 1 ? 2 : 1) decode_w2_kernel(ExpertMlp p, DecodeW2Layout layout, const T* act, T* y) {
+MOE_KERNEL __launch_bounds__(256, N == 1 ? 2 : 1)
+    decode_w2_kernel(ExpertMlp p, DecodeW2Layout layout, const T* act, T* y) {
   MOE_SHARED(unsigned char, shared);
   auto* list = reinterpret_cast<ActiveExpert*>(shared);
   auto* count = reinterpret_cast<int*>(shared + layout.count);
@@ -207,8 +208,7 @@ MOE_KERNEL __launch_bounds__(256, N == 1 ? 2 : 1) decode_w2_kernel(ExpertMlp p, 
       if (r0 + rows - base > kDecodeTokens) flush(r0);
       const T* token[N];
 #pragma unroll
-      for (int n = 0; n < N; ++n)
-        token[n] = n * 8 + lane / 4 < rows ? act + (r0 + n * 8 + lane / 4) * p.I : nullptr;
+      for (int n = 0; n < N; ++n) token[n] = n * 8 + lane / 4 < rows ? act + (r0 + n * 8 + lane / 4) * p.I : nullptr;
       float sum[1][N][4] = {};
       stream(sum, weight, token, p.I, part);
       parts.put(sum, part, r0 - base, rows);

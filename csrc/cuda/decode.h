@@ -24,8 +24,8 @@ struct DecodeArgs {
 
 /// Whether decode takes the call: kDecodeSlots at most, one type of x and weights, weights not packed.
 bool decode_takes(const ExpertMlp&);
-/// Whether the tensor cores take it: bf16 or f16, rows of 16 bytes, H and I contiguous in the weights. Otherwise a warp a
-/// dot product in acc, for any width, stride and type.
+/// Whether the tensor cores take it: bf16 or f16, rows of 16 bytes, H and I contiguous in the weights. Otherwise a warp
+/// a dot product in acc, for any width, stride and type.
 bool decode_uses_mma(const ExpertMlp&);
 int64_t decode_workspace_bytes(const ExpertMlp&);
 cudaError_t decode(const DecodeArgs&, cudaStream_t);

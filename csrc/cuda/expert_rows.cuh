@@ -5,16 +5,14 @@
 
 namespace moe::cuda {
 
-/// n / d of numbers below 2^31: one product.
+/// n / d of numbers below 2^31, by a multiplication.
 struct Quotient {
   uint32_t multiplier, shift;
-  MOE_DEVICE int32_t operator()(int32_t n) const { return int32_t(uint64_t(uint32_t(n)) * multiplier >> shift); }
+  MOE_DEVICE uint32_t operator()(int32_t n) const { return __umulhi(uint32_t(n) * 2, multiplier) >> shift; }
 };
 
 /// The rows of expert e, clamped to [0, S].
-struct RowRange {
-  int32_t begin, end;
-};
+struct RowRange { int32_t begin, end; };
 MOE_DEVICE RowRange rows_of(const int32_t* ends, int64_t e, int64_t S) {
   const int32_t begin = e > 0 ? min(max(ends[e - 1], 0), int32_t(S)) : 0;
   return {begin, max(begin, min(ends[e], int32_t(S)))};
@@ -37,8 +35,7 @@ MOE_DEVICE ActiveExpert active_expert(const int32_t* ends, int64_t E, int64_t S,
     }
     for (; wanted > 0; --wanted) active &= active - 1;
     const int owner = __ffs(int(active)) - 1;
-    return {int32_t(base) + owner, __shfl_sync(kFullWarp, rows.begin, owner),
-            __shfl_sync(kFullWarp, rows.end, owner)};
+    return {int32_t(base) + owner, __shfl_sync(kFullWarp, rows.begin, owner), __shfl_sync(kFullWarp, rows.end, owner)};
   }
   return {-1, 0, 0};
 }

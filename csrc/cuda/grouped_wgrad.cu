@@ -2,6 +2,7 @@
 // Launchers of grouped_wgrad: the tensor cores where addresses allow, else multiply-adds.
 #include "grouped_wgrad.cuh"
 
+#include <algorithm>
 #include <utility>
 
 #include "launch.h"
@@ -13,7 +14,7 @@ Quotient quotient_of(const WgradSide& side) {
   const uint64_t d = side.gather ? uint64_t(side.per_token) : 1;
   uint32_t log = 0;
   while (uint64_t(1) << log < d) ++log;
-  return {uint32_t((uint64_t(1) << (31 + log)) / d + 1), 31 + log};
+  return {uint32_t((uint64_t(1) << (31 + log)) / d + 1), log};
 }
 
 /// Where the rows of a 16-byte access begin.
@@ -35,7 +36,7 @@ template <class T> cudaError_t with_mma(GroupedWgradArgs args, cudaStream_t stre
 }
 
 template <class T, class O> cudaError_t with_fma(const GroupedWgradArgs& args, cudaStream_t stream) {
-  constexpr uint32_t bytes = (2 * kWgradFmaDepth * kWgradFmaWidth + kWgradFmaDepth) * sizeof(acc_t<T>);
+  constexpr uint32_t bytes = 2 * kWgradFmaDepth * kWgradFmaWidth * sizeof(acc_t<T>);
   return launch({grid_of(args, kWgradFmaWidth), dim3(kWgradFmaThreads), bytes}, stream, grouped_wgrad_fma_kernel<T, O>,
                 args);
 }
@@ -47,6 +48,7 @@ bool grouped_wgrad_uses_mma(const GroupedWgradArgs& args) {
   if (args.n_side.col_stride != 1 || args.k_side.col_stride != 1 || (args.out_col != 1 && args.out_row != 1))
     return false;
   const int64_t bytes = dtype_bytes(args.dtype), out_bytes = dtype_bytes(args.out_dtype);
+  if (std::max(args.n_side.row_stride, args.k_side.row_stride) * bytes > UINT32_MAX) return false;
   const int64_t out_row = args.out_col == 1 ? args.out_row : args.out_col;
   const uintptr_t all = addresses(args.n_side.data, args.n_side.row_stride, bytes) |
                         addresses(args.k_side.data, args.k_side.row_stride, bytes) |

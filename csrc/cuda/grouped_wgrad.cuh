@@ -36,14 +36,18 @@ template <class T> struct WgradTile {
 template <class T> struct WgradCopy {
   using Tile = WgradTile<T>;
   const unsigned char* column;
-  int64_t stride;  // bytes
+  uint32_t stride;  // bytes
   const int32_t* gather;
+  bool gathered;
   Quotient token;
   uint32_t read, to;            // bytes of a chunk: 0 past the width | offset in a stage
   int32_t rows[Tile::kCopies];  // of the next stage: what gather says, -1 past the end
 
   MOE_DEVICE WgradCopy(const WgradSide& side, Quotient quotient, int64_t first, int64_t width, uint32_t part)
-      : stride(side.row_stride * int64_t(sizeof(T))), gather(side.gather), token(quotient) {
+      : stride(uint32_t(side.row_stride * int64_t(sizeof(T)))),
+        gather(side.gather),
+        gathered(side.gather),
+        token(quotient) {
     const int chunk = threadIdx.x % Tile::kChunks;
     const int64_t at = first + chunk * kVector<T>;
     read = at < width ? kChunk : 0;
@@ -55,14 +59,15 @@ template <class T> struct WgradCopy {
     r += threadIdx.x / Tile::kChunks;
 #pragma unroll
     for (int i = 0; i < Tile::kCopies; ++i, r += Tile::kRowsAtOnce)
-      rows[i] = r < end ? (gather ? __ldg(gather + r) : r) : -1;
+      if (r >= end) rows[i] = -1;
+      else rows[i] = gathered ? __ldg(gather + r) : r;
   }
   MOE_DEVICE void start(uint32_t stage) const {
 #pragma unroll
     for (int i = 0; i < Tile::kCopies; ++i) {
-      const bool there = rows[i] >= 0;
+      // An address with nothing to read at it may be anything.
       cp_async_cg_16(stage + to + i * Tile::kRowsAtOnce * Tile::kChunks * kChunk,
-                     column + (there ? token(rows[i]) * stride : 0), there ? read : 0);
+                     column + uint64_t(token(rows[i])) * stride, rows[i] >= 0 ? read : 0);
     }
   }
 };
@@ -97,23 +102,23 @@ template <class T, bool Weighted> struct WgradLoads {
     }
   }
   /// Rows kRows * k .. of the stage that begins at `stage`; `weights` are those of its rows.
-  MOE_DEVICE void operator()(WgradFragments& f, const unsigned char* stage, const float* weights, int k) const {
+  MOE_DEVICE void operator()(WgradFragments& f, uint32_t stage, const float* weights, int k) const {
     constexpr int row_bytes = Tile::kChunks * kChunk;
     if constexpr (kWords) {
       const float w[2] = {Weighted ? weights[k * 8 + lane % 4] : 1.f, Weighted ? weights[k * 8 + lane % 4 + 4] : 1.f};
       const auto word = [&](uint32_t at, int row) {
-        return *reinterpret_cast<const float*>(stage + at + (k * 8 + row) * row_bytes);
+        return __uint_as_float(ld_shared(stage + at + (k * 8 + row) * row_bytes));
       };
 #pragma unroll
       for (int v = 0; v < 16; ++v) {  // value v % 4 of fragment v / 4: 8 columns and 4 rows further
         const float value = word((left ^ (v / 4 % 2 * 64 + v % 2 * 32)) + v / 8 * 128, v / 2 % 2 * 4);
-        f.left[v / 4][v % 4] = cvt_rna_tf32_f32(Weighted ? value * w[v / 2 % 2] : value);
+        f.left[v / 4][v % 4] = tf32_of(__float_as_uint(Weighted ? value * w[v / 2 % 2] : value));
       }
 #pragma unroll
       for (int v = 0; v < 16; ++v)
-        f.right[v / 2][v % 2] = cvt_rna_tf32_f32(word((right ^ (v / 2 % 4 * 32)) + v / 8 * 128, v % 2 * 4));
+        f.right[v / 2][v % 2] = tf32_of(__float_as_uint(word((right ^ (v / 2 % 4 * 32)) + v / 8 * 128, v % 2 * 4)));
     } else {
-      const uint32_t base = cvta_to_shared(stage) + k * 16 * row_bytes;
+      const uint32_t base = stage + k * 16 * row_bytes;
 #pragma unroll
       for (int i = 0; i < 4; ++i) ldmatrix_x4_trans(f.left[i], base + (left ^ i * 32));
 #pragma unroll
@@ -151,46 +156,42 @@ template <class T> MOE_DEVICE void multiply(WgradSums& sum, const WgradFragments
 /// A warp writes its 64 x 64 sums, 16 rows at a time through its slice of shared memory, 16 bytes a lane. Element
 /// (n, k) goes to out + n * row + k.
 template <class O>
-MOE_DEVICE void store_sums(const WgradSums& sum, float* slice, O* out, int64_t row, int64_t n_left, int64_t k_left,
+MOE_DEVICE void store_sums(const WgradSums& sum, uint32_t slice, O* out, int64_t row, int64_t n_left, int64_t k_left,
                            bool accumulate) {
-  constexpr int pitch = WgradTile<float>::kPitch, width = kVector<O>, vectors = 64 / width;
+  constexpr int pitch = WgradTile<float>::kPitch, each = kVector<O>, vectors = 64 / each;
   const int lane = threadIdx.x % kWarp;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     __syncwarp();
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      float* to = slice + lane / 4 * pitch + j * 8 + lane % 4 * 2;
-      *reinterpret_cast<float2*>(to) = make_float2(sum[i][j][0], sum[i][j][1]);
-      *reinterpret_cast<float2*>(to + 8 * pitch) = make_float2(sum[i][j][2], sum[i][j][3]);
+      const uint32_t to = slice + (lane / 4 * pitch + j * 8 + lane % 4 * 2) * 4;
+      st_shared_v2(to, make_uint2(__float_as_uint(sum[i][j][0]), __float_as_uint(sum[i][j][1])));
+      st_shared_v2(to + 8 * pitch * 4, make_uint2(__float_as_uint(sum[i][j][2]), __float_as_uint(sum[i][j][3])));
     }
     __syncwarp();
     for (int v = lane; v < 16 * vectors; v += kWarp) {
-      const int n = v / vectors, k = v % vectors * width;
+      const int n = v / vectors, k = v % vectors * each;
       if (i * 16 + n >= n_left || k >= k_left) continue;
-      Elements<O, width> value;
-      const int turn = width == 8 ? lane / 4 % 2 * 4 : 0;  // halves in turn, so that 8 lanes meet 32 banks
+      Elements<O, each> value;
+      const bool turned = each == 8 && lane / 4 % 2;  // reads its second half first: so 8 lanes meet 32 banks
 #pragma unroll
-      for (int half = 0; half < width; half += 4) {
-        const float4 part = *reinterpret_cast<const float4*>(slice + n * pitch + k + (half ^ turn));
-        const float got[4] = {part.x, part.y, part.z, part.w};
+      for (int half = 0; half < each; half += 4) {
+        const Elements<float, 4> part =
+            unpack<float, 4>(ld_shared_v4(slice + (n * pitch + k + (half ^ (turned ? 4 : 0))) * 4));
 #pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          value.v[half + c] = got[c];
-        }
+        for (int c = 0; c < 4; ++c) value.v[half + c] = part.v[c];
       }
-      if constexpr (width == 8) {
 #pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          const float low = value.v[c], high = value.v[c + 4];
-          value.v[c] = turn ? high : low, value.v[c + 4] = turn ? low : high;
-        }
+      for (int c = 0; c < each / 2; ++c) {
+        const float low = value.v[c], high = value.v[c + each / 2];
+        value.v[c] = turned ? high : low, value.v[c + each / 2] = turned ? low : high;
       }
       O* to = out + (i * 16 + n) * row + k;
       if (accumulate) {
-        const Elements<O, width> before = load_again<width>(to);
+        const Elements<O, each> before = load_again<each>(to);
 #pragma unroll
-        for (int c = 0; c < width; ++c) value.v[c] += before.v[c];
+        for (int c = 0; c < each; ++c) value.v[c] += before.v[c];
       }
       store(to, value);
     }
@@ -244,14 +245,13 @@ MOE_KERNEL __launch_bounds__(128, 2) grouped_wgrad_kernel(GroupedWgradArgs args,
 #pragma unroll
     for (int k = 0; k < Tile::kDepth / load_fragments.kRows; ++k) {
       WgradFragments f;
-      load_fragments(f, shared + slot * Tile::kStageBytes, weights + slot * Tile::kDepth, k);
+      load_fragments(f, ring + slot * Tile::kStageBytes, weights + slot * Tile::kDepth, k);
       multiply<T>(sum, f);
     }
   }
-  cp_async_wait_all();
-  __syncthreads();  // the ring becomes the slices of the epilogue
+  __syncthreads();  // the ring becomes the slices of the epilogue; the copies that were awaited last were the last
 
-  float* slice = reinterpret_cast<float*>(shared) + warp * 16 * Tile::kPitch;
+  const uint32_t slice = ring + warp * 16 * Tile::kPitch * 4;
   const int64_t n = n0 + warp / 2 * Tile::kWarpWidth, k = k0 + warp % 2 * Tile::kWarpWidth;
   const int64_t at = e * args.out_expert + n * args.out_row + k;
   if (args.out_dtype == DType::f32) {
@@ -263,28 +263,31 @@ MOE_KERNEL __launch_bounds__(128, 2) grouped_wgrad_kernel(GroupedWgradArgs args,
 
 constexpr int kWgradFmaWidth = 64, kWgradFmaDepth = 16, kWgradFmaThreads = 256;
 
-/// One side of the next 16 rows, in acc, zeros past the ends. Consecutive threads take what lies side by side.
-template <class T>
-MOE_DEVICE void load_side(acc_t<T>* tile, const WgradSide& side, int32_t row, int32_t end, int64_t first,
-                          int64_t width) {
+/// One side of 16 rows from `row` on, in acc, zeros past the ends. Consecutive threads take what lies side by side.
+template <class T> MOE_DEVICE void load_side(acc_t<T>* tile, const WgradSide& side, const GroupedWgradArgs& args,
+                                             const acc_t<T>* topk_weights, int32_t row, int32_t end, int64_t first,
+                                             int64_t width) {
+  using A = acc_t<T>;
+  const bool along = side.col_stride == 1;
   for (int i = threadIdx.x; i < kWgradFmaDepth * kWgradFmaWidth; i += kWgradFmaThreads) {
-    const bool along = side.col_stride == 1;
     const int r = along ? i / kWgradFmaWidth : i % kWgradFmaDepth, c = along ? i % kWgradFmaWidth : i / kWgradFmaDepth;
     int64_t from = row + r < end && first + c < width ? row + r : -1;
+    const int32_t slot = from >= 0 && topk_weights ? args.row_to_slot[from] : 0;
     if (from >= 0 && side.gather) from = side.gather[from] < 0 ? -1 : side.gather[from] / side.per_token;
-    tile[r * kWgradFmaWidth + c] =
-        from < 0 ? acc_t<T>(0)
-                 : widen(static_cast<const T*>(side.data)[from * side.row_stride + (first + c) * side.col_stride]);
+    A value = 0;
+    if (from >= 0 && slot >= 0)
+      value = widen(static_cast<const T*>(side.data)[from * side.row_stride + (first + c) * side.col_stride]);
+    if (topk_weights && slot >= 0) value = widen(narrow<T>(topk_weights[slot] * value));
+    tile[r * kWgradFmaWidth + c] = value;
   }
 }
 
 /// The same sum with plain multiply-adds in acc, any stride: 64 x 64 elements a block, 4 x 4 a thread.
 template <class T, class O>
-MOE_KERNEL __launch_bounds__(256) grouped_wgrad_fma_kernel(GroupedWgradArgs args) {
+MOE_KERNEL __launch_bounds__(256, 2) grouped_wgrad_fma_kernel(GroupedWgradArgs args) {
   using A = acc_t<T>;
   MOE_SHARED(A, shared);
   A *n_tile = shared, *k_tile = shared + kWgradFmaDepth * kWgradFmaWidth;
-  A* weights = k_tile + kWgradFmaDepth * kWgradFmaWidth;
   const uint32_t n_tiles = uint32_t(args.N + kWgradFmaWidth - 1) / kWgradFmaWidth;
   const uint32_t k_tiles = uint32_t(args.K + kWgradFmaWidth - 1) / kWgradFmaWidth;
   const uint32_t e = blockIdx.x / (n_tiles * k_tiles), tile = blockIdx.x % (n_tiles * k_tiles);
@@ -294,22 +297,14 @@ MOE_KERNEL __launch_bounds__(256) grouped_wgrad_fma_kernel(GroupedWgradArgs args
   const int y = threadIdx.x / 16, x = threadIdx.x % 16;
   A sum[4][4] = {};
   for (int32_t r = rows.begin; r < rows.end; r += kWgradFmaDepth) {
-    load_side<T>(n_tile, args.n_side, r, rows.end, n0, args.N);
-    load_side<T>(k_tile, args.k_side, r, rows.end, k0, args.K);
-    if (threadIdx.x < kWgradFmaDepth) {
-      const int32_t row = r + int32_t(threadIdx.x),
-                    slot = args.topk_weights && row < rows.end ? args.row_to_slot[row] : -1;
-      weights[threadIdx.x] = !args.topk_weights ? A(1)
-                             : slot < 0         ? A(0)
-                                                : static_cast<const A*>(args.topk_weights)[slot];
-    }
+    load_side<T>(n_tile, args.n_side, args, static_cast<const A*>(args.topk_weights), r, rows.end, n0, args.N);
+    load_side<T>(k_tile, args.k_side, args, nullptr, r, rows.end, k0, args.K);
     __syncthreads();
     for (int d = 0; d < kWgradFmaDepth; ++d) {
       A n[4], k[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        n[i] = n_tile[d * kWgradFmaWidth + y + 16 * i] * weights[d];
-        if (args.topk_weights) n[i] = widen(narrow<T>(n[i]));
+        n[i] = n_tile[d * kWgradFmaWidth + y + 16 * i];
         k[i] = k_tile[d * kWgradFmaWidth + x + 16 * i];
       }
 #pragma unroll

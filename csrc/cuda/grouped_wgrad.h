@@ -13,7 +13,8 @@
 
 namespace moe::cuda {
 
-/// One operand. Row r of the experts is row gather[r] / per_token of data (gather[r] = -1: zeros), or row r itself.
+/// One operand. Row r of the experts is row gather[r] / per_token of data (gather[r] = -1: zeros), or row r itself,
+/// which holds zeros where it is padding.
 struct WgradSide {
   const void* data;  // element (row, column)
   int64_t row_stride, col_stride;

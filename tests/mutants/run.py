@@ -36,6 +36,14 @@ SUBJECTS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "permute": (["csrc/cuda/permute.cuh"], ["csrc/cuda/permute.cu", "tests/mutants/permute_cases.cpp"]),
     "unpermute": (["csrc/cuda/unpermute.cuh"], ["csrc/cuda/unpermute.cu", "tests/mutants/unpermute_cases.cpp"]),
+    "grouped_wgrad": (
+        ["csrc/cuda/grouped_wgrad.cuh", "csrc/cuda/mma_tile.cuh"],
+        ["csrc/cuda/grouped_wgrad.cu", "tests/mutants/wgrad_cases.cpp"],
+    ),
+    "decode": (
+        ["csrc/cuda/decode.cuh", "csrc/cuda/expert_rows.cuh"],
+        ["csrc/cuda/decode.cu", "csrc/cuda/permute.cu", "tests/mutants/decode_cases.cpp"],
+    ),
 }
 # Constants made small in the copy, so that tiny shapes take every path: several tiles, several turns of a block.
 SMALLER: dict[str, tuple[str, str]] = {

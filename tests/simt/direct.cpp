@@ -16,19 +16,18 @@ template <class Args> const char* run(cudaError_t (*launcher)(const Args&, cudaS
   return error == cudaSuccess ? "" : cudaGetErrorString(error);
 }
 
+using namespace moe::cuda;
+
 /// A grouped product by the kernel of one row of the table; -1: by the chosen one.
 struct RowsBy {
-  moe::cuda::GroupedRows rows;
+  GroupedRows rows;
   int32_t by;
 };
 cudaError_t rows_by(const RowsBy& args, cudaStream_t stream) {
-  if (args.by < 0) return moe::cuda::grouped_rows(args.rows, stream);
-  return moe::cuda::grouped_rows_by(args.by, args.rows, stream);
+  return args.by < 0 ? grouped_rows(args.rows, stream) : grouped_rows_by(args.by, args.rows, stream);
 }
 
 }  // namespace
-
-using namespace moe::cuda;
 
 extern "C" {
 MOE_SIMT_EXPORT void moe_test_register(const void* p, size_t bytes, const char* name, bool written) {
@@ -44,7 +43,8 @@ MOE_SIMT_EXPORT bool moe_test_grouped_wgrad_uses_mma(const GroupedWgradArgs* arg
 
 MOE_SIMT_EXPORT size_t moe_test_size_grouped_rows() { return sizeof(RowsBy); }
 MOE_SIMT_EXPORT const char* moe_test_grouped_rows(const void* args) { return run(rows_by, args); }
-MOE_SIMT_EXPORT int moe_test_choose_row(const moe::cuda::GroupedRows* rows) { return moe::cuda::choose_row(*rows); }
+MOE_SIMT_EXPORT int moe_test_choose_row(const GroupedRows* rows) { return choose_row(*rows); }
+
 MOE_SIMT_EXPORT size_t moe_test_size_decode() { return sizeof(DecodeArgs); }
 MOE_SIMT_EXPORT const char* moe_test_decode(const void* args) { return run(decode, args); }
 MOE_SIMT_EXPORT bool moe_test_decode_uses_mma(const DecodeArgs* args) { return decode_uses_mma(args->mlp); }
