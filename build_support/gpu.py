@@ -23,7 +23,9 @@ import nvcc
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build/gpu"
-STAGES = ["test_route.py", "test_permute.py", "test_unpermute.py"]
+STAGES = ["test_route.py", "test_permute.py", "test_unpermute.py", "test_grouped_gemm.py"]
+EXPERTS = "test_fused_experts.py"  # of a GPU
+EMULATED_EXPERTS = "test_cuda_experts.py"  # the same bodies, as many as the emulator runs in minutes
 SANITIZED = "ties or absent or strides or padding or several_slots"  # minutes under a sanitizer, every kernel in it
 STEP_SECONDS = 3600
 
@@ -50,7 +52,7 @@ def on_gpu() -> list[Step]:
     flags = ["-std=c++17", "-O1", "-arch=native", "simt/probe.cu", "-o", str(probe)]
     build = [] if found is None else [found.path, *flags]
     missing = "no compute-sanitizer on PATH (it comes with the CUDA toolkit)"
-    some = pytest(*STAGES, "-k", f"cuda and ({SANITIZED})")
+    some = pytest(*STAGES, EXPERTS, "-k", f"cuda and ({SANITIZED})")
     checks = [
         Step(
             f"tests under {tool}",
@@ -65,10 +67,11 @@ def on_gpu() -> list[Step]:
         Step("probe: build", build, reason="" if build else "no nvcc"),
         Step("probe: hardware facts against tests/golden/hw", pytest("test_simt_hw.py"),
              env={"MOE_KERNELS_PROBE": str(probe)}),
-        Step("tests", pytest(*STAGES, "-k", "cuda")),
+        Step("tests", pytest(*STAGES, EXPERTS, "-k", "cuda")),
         Step("tests: streams, devices, graphs", pytest("test_cuda_device.py")),
         *checks,
         Step("benchmarks", [sys.executable, "cuda_stages.py"], folder="bench"),
+        Step("benchmarks of the expert MLP", [sys.executable, "cuda_experts.py"], folder="bench"),
     ]  # fmt: skip
 
 
@@ -80,9 +83,11 @@ def rehearsed() -> list[Step]:
         Step("probe: hardware facts against tests/golden/hw", pytest("test_simt_hw.py")),
         Step("tests", pytest(*STAGES, "-k", f"simt and ({SANITIZED})")),
         Step("tests: streams, devices, graphs", [], reason="needs a GPU: the emulator has no streams"),
+        Step("tests of the expert MLP", pytest(EMULATED_EXPERTS, "-k", "absent or strides or skew")),
         Step("tests under another schedule", pytest(*STAGES, "-k", f"simt and ({SANITIZED})"),
              env={"MOE_KERNELS_SIMT_SEED": "1000"}),
         Step("benchmarks", [sys.executable, "cuda_stages.py", "--simt"], folder="bench"),
+        Step("benchmarks of the expert MLP", [sys.executable, "cuda_experts.py", "--simt"], folder="bench"),
     ]  # fmt: skip
 
 

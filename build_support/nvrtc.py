@@ -8,7 +8,9 @@ import importlib.util
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCE = '#include "cuda/route.cuh"\n#include "cuda/permute.cuh"\n#include "cuda/unpermute.cuh"\n'
+SOURCE = "".join(
+    f'#include "cuda/{stage}.cuh"\n' for stage in ("route", "permute", "unpermute", "fused_experts", "grouped_fma")
+)
 KERNELS = (
     "moe::cuda::route_kernel<moe::bf16>",
     "moe::cuda::route_backward_kernel<float>",
@@ -17,6 +19,10 @@ KERNELS = (
     "moe::cuda::permute_rows_kernel<uint4>",
     "moe::cuda::unpermute_kernel<moe::f16, 8>",
     "moe::cuda::unpermute_backward_kernel<double, 2>",
+    "moe::cuda::expert_sums_kernel<moe::bf16>",
+    "moe::cuda::weight_gradient_kernel<double>",
+    "moe::cuda::grouped_fma_kernel<float, 2>",
+    "moe::cuda::grouped_fma_kernel<moe::f16, 1>",
 )
 
 

@@ -46,6 +46,7 @@ LAYOUT = """
 #include <cstdio>
 #include <initializer_list>
 #include "cuda/decode.cuh"
+#include "cuda/grouped_gemm_config.h"
 #include "cuda/grouped_wgrad.cuh"
 #include "cuda/permute_tile.h"
 #include "cuda/route_tile.h"
@@ -71,6 +72,8 @@ int main() {
     const int parts = kDecodeTokens * DecodeParts<1>::kPitch * 4, list = slots * 12 + 16;
     std::printf("decode_w2 2 %d %d %d\\n", slots, kDecodeWarps, list + slots * kDecodeRows * 4 + parts);
   }
+  for (int row = 0; row < kFma; ++row)
+    std::printf("grouped_rows %d 0 %d %d\\n", row, kTileRows[row].warps(), kTileRows[row].shared_bytes());
 }
 """
 
@@ -159,7 +162,7 @@ def read(cubin: Path) -> dict[str, Kernel]:
 
 
 def layouts() -> dict[tuple[str, int], dict[int, tuple[int, int]]]:
-    """(kernel, element bytes or 0) -> E -> (warps, bytes of shared memory) of a block."""
+    """(kernel, element bytes, or row of kTileRows, or 0) -> E, or 0 -> (warps, bytes of shared memory) of a block."""
     source, program = cubins.BUILD / "layout.cpp", cubins.BUILD / "layout"
     source.write_text(LAYOUT)
     flags = ("-std=c++17", "-DMOE_SIMT", f"-I{ROOT / 'csrc'}")  # device headers too, for their constants
@@ -179,16 +182,26 @@ def occupancy(arch: str, registers: int, warps: int, shared: int) -> float:
     return min(by_registers, by_shared, limit.blocks, limit.warps // warps) * warps / limit.warps
 
 
-# f32 is rounded to tf32 in the loop, weighted operands are multiplied there; else 6.
+# f32 is rounded to tf32 in the loop, weighted operands are multiplied there, and the tile of 16 rows (row 3) waits for
+# its weights, not for an issue slot; else 6.
 MMA_SLOTS = {f"grouped_wgrad<{t}, {w}>": 8 for t in ("bf16", "f16", "float") for w in ("true", "false")
              if t == "float" or w == "true"}  # fmt: skip
+for _w in ("true", "false"):
+    MMA_SLOTS |= {f"grouped_rows<float, 2, {_w}>": 8, f"grouped_rows<float, 3, {_w}>": 16}
+    MMA_SLOTS |= {f"grouped_rows<{t}, 3, {_w}>": 8 for t in ("bf16", "f16")}
 ELEMENT = {"double": 8, "float": 4, "bf16": 2, "f16": 2}
+# Kernels whose block is known to their launcher alone.
+UNKNOWN = ("grouped_fma",)
 
 
 def occupancies(name: str, arch: str, kernel: Kernel, table: dict) -> dict[int, float]:
-    """E -> occupancy; the key 0 where E does not matter."""
+    """E -> occupancy; the key 0 where E does not matter. Empty where the block is not known here."""
     stem, _, argument = name.partition("<")
-    of_kernel = table.get((stem, ELEMENT.get(argument.split(",")[0].rstrip(">"), 0))) or table.get((stem, 0))
+    words = argument.rstrip(">").split(", ")
+    which = int(words[1]) if stem == "grouped_rows" else ELEMENT.get(words[0], 0)
+    of_kernel = table.get((stem, which)) or table.get((stem, 0))
+    if stem.startswith(UNKNOWN):
+        return {}
     if of_kernel is None:
         warps = 32 if stem == "permute_scan" else 8
         return {0: occupancy(arch, kernel.registers, warps, 4096 if stem == "permute_scan" else 0)}
@@ -206,7 +219,8 @@ def complaints(arch: str, found: dict[str, Kernel], budget: dict[str, dict[str, 
             most = budget.get(name, {}).get(field)
             if most is not None and value > most * (SLACK if field == "instructions" else 1):
                 said.append(f"sm_{arch} {name}: {field} {value}, budget {most}")
-        if name.startswith("grouped_wgrad<") and kernel.slots_per_mma > MMA_SLOTS.get(name, 6):
+        on_tensor_cores = name.startswith(("grouped_wgrad<", "grouped_rows<"))
+        if on_tensor_cores and not 0 < kernel.slots_per_mma <= MMA_SLOTS.get(name, 6):
             said.append(f"sm_{arch} {name}: {kernel.slots_per_mma} slots per HMMA, wanted {MMA_SLOTS.get(name, 6)}")
         if name.startswith("route") and "double" not in name:
             for E, share in occupancies(name, arch, kernel, table).items():
@@ -232,8 +246,8 @@ def page(found: dict[str, dict[str, Kernel]], table: dict, version: str) -> str:
     for arch, kernels in found.items():
         for name, k in sorted(kernels.items()):
             share = occupancies(name, arch, k, table)
-            keys = (8, 128, 512) if 128 in share else share
-            shown = " / ".join(f"{share[E]:.0%}" for E in keys)
+            keys = [E for E in (8, 128, 512) if E in share] or share
+            shown = " / ".join(f"{share[E]:.0%}" for E in keys) or "-"
             counts = (k.registers, k.instructions, k.global_accesses, k.shared_accesses, k.collectives, k.slots_per_mma)
             lines.append(f"| `{name}` | sm_{arch} | " + " | ".join(map(str, counts)) + f" | {shown} |")
     return "\n".join(lines) + "\n"

@@ -46,7 +46,7 @@ def build() -> Path:
     steps = {
         "runtime": (f"{cxx} {COMMON} -O2 -g1", runtime),  # first on the link line: see csrc/simt/hooks.cpp
         "kernel": (f"{cxx} {KERNEL}", kernel_sources()),
-        "binding": (f"{cxx} {binding}", [f"csrc/bindings/{name}_ops.cpp" for name in ("expert", "gemm")] + ["csrc/bindings/ops.cpp"]),
+        "binding": (f"{cxx} {binding}", [f"csrc/bindings/{name}.cpp" for name in ("ops", "expert_ops", "gemm_ops")]),
     }
     text, objects = "", []
     for name, (command, sources) in steps.items():

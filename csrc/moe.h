@@ -226,7 +226,8 @@ struct PackArgs {
   int64_t packed_expert_stride, packed_panel_stride;
 };
 
-constexpr int64_t kPanel = 32;  // columns of a weight panel
+constexpr int64_t kPanel = 32;      // columns of a weight panel
+constexpr int64_t kFewTokens = 64;  // up to here a GPU decodes: the first product is not kept, weights are streamed
 
 namespace cpu {
 int64_t route_workspace_bytes(int64_t E, const Workers&);

@@ -84,7 +84,7 @@ def explain(op: str, *, T: int, H: int, I: int, E: int, K: int, dtype: torch.dty
             why += f"; the library was built for the CPU only: {_build.info()['cuda_reason']}"
         return Explanation(backend, "plain PyTorch, moe_kernels.reference", [(f"{name} kernel", why)], True, asked)
     level, choices = _LEVEL_AND_CHOICES[kind]
-    config, refused = choices(op, Sizes(T, H, I, E, K, dtype.itemsize, gated, transposed))
+    config, refused = choices(op, Sizes(T, H, I, E, K, dtype.itemsize, gated, transposed), name)
     return Explanation(f"{kind} {level(name)}", config, refused, False, asked)
 
 
@@ -131,7 +131,7 @@ def _products(op: str, s: Sizes, token_block: int) -> list[Product]:
     return [Product("a b", *w13, width, rows)] if op == "grouped_gemm" else []
 
 
-def _cpu_choices(op: str, s: Sizes) -> tuple[str, list[tuple[str, str]]]:
+def _cpu_choices(op: str, s: Sizes, _name: str) -> tuple[str, list[tuple[str, str]]]:
     try:
         host: Any = importlib.import_module(f"{__package__}._host")
     except ImportError as error:
@@ -156,13 +156,45 @@ def _cpu_level(_name: str) -> str:
     return str(_build.info()["isa"])
 
 
-# ---- CUDA: the launcher cuts the tiles
+# ---- CUDA: the launcher cuts the tiles; the products of the expert MLP ask one table of them
 
 
-def _cuda_choices(op: str, _sizes: Sizes) -> tuple[str, list[tuple[str, str]]]:
+def _cuda_choices(op: str, s: Sizes, name: str) -> tuple[str, list[tuple[str, str]]]:
     stage = op.removesuffix("_backward")
+    if stage == "fused_experts":
+        return _cuda_experts(op, s, name)
     cut = f"tiles by csrc/cuda/{stage}_tile.h" if stage in ("route", "permute") else "one way for every size"
     return f"csrc/cuda/{stage}.cuh, {cut}", []
+
+
+def _cuda_experts(op: str, s: Sizes, name: str) -> tuple[str, list[tuple[str, str]]]:
+    try:
+        host: Any = importlib.import_module(f"{__package__}._host")
+    except ImportError as error:
+        return f"csrc/cuda/fused_experts.cuh, not known: the host module could not be loaded: {error}", []
+    width = 2 * s.I if s.gated else s.I
+    products = [("x w13", width, s.H), ("h w2", s.H, s.I)]  # columns, length of the sum
+    if op.endswith("_backward"):
+        products = [("grad_y w2", s.I, s.H), ("grad_h w13", s.H, width)]
+    dtype, said, refused = {8: 0, 4: 1, 2: 2}[s.bytes], [], []
+    for product, columns, depth in products:
+        whole = s.H * s.bytes % 16 == 0 and s.I * s.bytes % 16 == 0
+        no, row = host.cuda_product(_arch(name), s.E, s.T * s.K, columns, depth, dtype, whole)
+        refused += [(f"{product} {other}", why) for other, why in no]
+        said.append(f"{product}: {row}")
+    if op.endswith("_backward"):
+        said.append("weight gradients: csrc/cuda/grouped_wgrad.cuh")
+    elif s.T <= host.few_tokens:
+        said.append("where nothing requires a gradient: csrc/cuda/decode.cuh")
+    return f"csrc/cuda/fused_experts.cuh, {'; '.join(said)}", refused
+
+
+def _arch(name: str) -> int:
+    """90 of "sm_90a"; for "cuda" the newest architecture of this build."""
+    if name.startswith("sm_"):
+        return int(name.removeprefix("sm_").rstrip("af"))
+    built = re.findall(r"(\d+)\.(\d)", str(_build.info()["arch_list"]))
+    return max((10 * int(major) + int(minor) for major, minor in built), default=80)
 
 
 def _cuda_level(name: str) -> str:
@@ -170,7 +202,7 @@ def _cuda_level(name: str) -> str:
     return name if name.startswith("sm_") else f"({built})"
 
 
-Choices = Callable[[str, Sizes], tuple[str, list[tuple[str, str]]]]
+Choices = Callable[[str, Sizes, str], tuple[str, list[tuple[str, str]]]]
 # kind of device -> (the instruction set or architecture in use, the choices by size)
 _LEVEL_AND_CHOICES: dict[str, tuple[Callable[[str], str], Choices]] = {
     "cpu": (_cpu_level, _cpu_choices),

@@ -77,12 +77,15 @@ def pack_experts(
         w13, w2, w13_bias, w2_bias, activation, gated, interleaved, transposed, swiglu_*: as in `fused_experts`.
         dtype: of the stored weights and biases; None means w13's. It need not be that of x.
     Returns:
-        PackedExperts: a copy; later changes of w13 and w2 do not reach it.
+        PackedExperts: a copy; later changes of w13 and w2 do not reach it. For CPUs alone: on a GPU pass w13 and w2.
 
     Errors: TypeError, ValueError.
     Determinism: bitwise.
     """
     w13, w2 = check.plain_weight("pack_experts", "w13", w13), check.plain_weight("pack_experts", "w2", w2)
+    if w13.device.type == "cuda":
+        wanted = "weights on a CPU: panels are a format of its caches, CUDA kernels read w13 and w2 as they lie"
+        check.refuse("pack_experts", "w13", wanted, f"one on {w13.device}")
     is_gated, I = check.weights("pack_experts", w13, w2, activation, gated, interleaved, transposed)
     E, H, units = w13.shape[0], w2.shape[2 if transposed else 1], w13.shape[2 if transposed else 1]
     dtype = w13.dtype if dtype is None else dtype

@@ -239,11 +239,12 @@ def make_case(
 # ---- the expert layer with its errors, forward and backward
 
 
-def expert_layer(case: Case) -> dict[str, tuple[Tensor, Tensor]]:
+def expert_layer(case: Case, *, slots_stored: bool = False) -> dict[str, tuple[Tensor, Tensor]]:
     """Truth and bound of y and of every gradient of sum(y * grad_y), by name: grad_x, grad_w13, ...
 
     A kernel may round to the dtype of x: the scaled input, both hidden vectors, their gradients and the weighted output
-    gradient. Everything else is accumulated in float32 (float64).
+    gradient. Everything else is accumulated in float32 (float64). slots_stored: what a slot adds to y and to grad_x may
+    also be rounded, by kernels that store it before the sum over slots, as those for GPUs do.
     """
     dtype, acc, c = case.x.dtype, acc_dtype(case.x.dtype), case.double()
     ids = local_ids(case.topk_ids, case.expert_map)
@@ -272,7 +273,8 @@ def expert_layer(case: Case) -> dict[str, tuple[Tensor, Tensor]]:
         a = (a if keep is None else (a * keep)).rounded(dtype)
         out = a.matmul(w_out.T, acc)
         out = out if c.w2_bias is None else out + Noisy.exact(c.w2_bias[e])
-        _scatter(total["y"], (t,), out if case.weight_on_input else weight * out)
+        stored = out.rounded(dtype) if slots_stored else out
+        _scatter(total["y"], (t,), stored if case.weight_on_input else weight * stored)
         # backward
         g_out = gy if case.weight_on_input else (weight * gy).rounded(dtype)
         g_a = g_out.matmul(w_out, acc).rounded(dtype)
@@ -283,7 +285,8 @@ def expert_layer(case: Case) -> dict[str, tuple[Tensor, Tensor]]:
         )
         g_h = (doubled * slope).rounded(dtype)
         g_row = g_h.matmul(w_in, acc)
-        _scatter(total["x"], (t,), weight * g_row if case.weight_on_input else g_row)
+        g_slot = weight * g_row if case.weight_on_input else g_row
+        _scatter(total["x"], (t,), g_slot.rounded(dtype) if slots_stored else g_slot)
         _scatter(total["topk_weights"], (t, k), ((x * g_row) if case.weight_on_input else (gy * out)).total(acc, -1))
         parts["w13"][e] = g_h.T.matmul(row, acc)
         parts["w2"][e] = g_out.T.matmul(a, acc)

@@ -85,7 +85,7 @@ def next_seed() -> int:
 
 @contextmanager
 def patched() -> Iterator[None]:
-    """The public ops run on the emulator inside, for layers and models that call them. Every use takes the next seed."""
+    """The public ops run on the emulator inside, for layers and models too. Every use takes the next seed."""
     library()
     os.environ[SEED] = str(next_seed())
     found = getattr(torch.ops, NAMESPACE)

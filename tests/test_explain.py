@@ -6,6 +6,7 @@ big + 1 rounds back to big. One running sum stays at big; sums in lanes lose onl
 lose only those in big's block.
 """
 
+import importlib
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -222,6 +224,27 @@ def test_cuda_is_what_the_dispatcher_has(device: str | torch.device) -> None:
                 assert str(_build.info()["cuda_reason"]) in found.refused[0][1]
         else:
             assert found.backend.startswith("cuda ") and f"csrc/cuda/{op.removesuffix('_backward')}.cuh" in found.config
+
+
+def test_products_of_cuda_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tile that the launcher chooses, by architecture, dtype and width, whatever this build has."""
+    module = importlib.import_module("moe_kernels.explain")
+    monkeypatch.setattr(module, "backend_of", lambda op, device: (f"{device} kernel", ""))
+
+    def ask(op: str = "fused_experts", device: str = "sm_90", **sizes: Any) -> Any:
+        call: dict[str, Any] = {"T": 8192, "H": 2048, "I": 768, "E": 128, "K": 8, "dtype": torch.bfloat16}
+        return explain(op, device=device, **(call | sizes))
+
+    found = ask()
+    assert not found.fallback and found.backend == "cuda sm_90"
+    assert re.search(r"x w13: mma \d+x\d+; h w2: mma \d+x\d+", found.config)
+    assert "mma" in ask("fused_experts_backward").config and "grouped_wgrad" in ask("fused_experts_backward").config
+    assert "decode" in ask(T=64).config and "decode" not in ask(T=65).config
+    for sizes in ({"dtype": torch.float64}, {"dtype": torch.float32}, {"H": 2047}, {"device": "sm_75"}):
+        found = ask(**sizes)
+        assert "x w13: fma; h w2: fma" in found.config and found.refused, sizes
+    assert any("tf32" in why for _, why in ask(dtype=torch.float32).refused)
+    assert any("16 bytes" in why for _, why in ask(H=2047).refused)
 
 
 def test_other_devices_fall_back() -> None:

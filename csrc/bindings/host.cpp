@@ -38,21 +38,15 @@ py::tuple panel_way(int64_t row_stride, int64_t col_stride, bool padded, int64_t
   return py::make_tuple(refused, way->name, width, depth);
 }
 
-/// Which CUDA kernel computes a grouped product on an architecture: the kernels that refuse it and why, the one taken,
-/// and the clocks that the model gives each of the others (0: the last one, which it does not rate).
-py::tuple product_tile(int arch, int64_t experts, int64_t rows, int64_t columns, int64_t depth, int64_t bytes,
-                       bool allow_tf32, bool in_16_bytes) {
+/// Which row of the CUDA table computes a grouped product: the rows that refuse it and why, and the row taken.
+py::tuple cuda_product(int arch, int64_t E, int64_t S, int64_t N, int64_t K, int dtype, bool in_16_bytes) {
   using namespace moe::cuda;
-  const moe::DType dtype = bytes == 8 ? moe::DType::f64 : bytes == 4 ? moe::DType::f32 : moe::DType::bf16;
-  const ProductShape shape{experts, rows, columns, depth, dtype, allow_tf32, in_16_bytes};
+  const ProductShape shape{E, S, N, K, moe::DType(dtype), false, in_16_bytes};
   const Processor on = processor_of(arch);
   std::vector<std::pair<std::string, std::string>> refused;
-  std::vector<std::pair<std::string, int64_t>> clocks;
-  for (const TileRow& row : kTileRows) {
-    if (refusal(row, shape, on)) refused.emplace_back(row.name, refusal(row, shape, on));
-    else clocks.emplace_back(row.name, row.slice ? clocks_of(row, shape, on) : 0);
-  }
-  return py::make_tuple(refused, kTileRows[choose_config(shape, on)].name, clocks);
+  for (const TileRow& row : kTileRows)
+    if (const char* why = refusal(row, shape, on)) refused.emplace_back(row.name, why);
+  return py::make_tuple(refused, kTileRows[choose_config(shape, on)].name);
 }
 
 }  // namespace
@@ -64,12 +58,13 @@ PYBIND11_MODULE(_host, m) {
       "The level in use; RuntimeError if MOE_KERNELS_ISA is no level.");
   m.def("isa_levels", &isa_levels, "The levels that this processor has, lowest first.");
   m.attr("token_block") = kTokenBlock;
+  m.attr("few_tokens") = moe::kFewTokens;
   m.def("panel_way", &panel_way, "(refused, way, columns, depth) of a product with a weight of these strides.",
         py::arg("row_stride"), py::arg("col_stride"), py::arg("padded"), py::arg("bytes"), py::arg("n"),
         py::arg("rows"), py::arg("halves"));
-  m.def("product_tile", &product_tile, "(refused, kernel, clocks) of a grouped product on a GPU.", py::arg("arch"),
-        py::arg("experts"), py::arg("rows"), py::arg("columns"), py::arg("depth"), py::arg("bytes"),
-        py::arg("allow_tf32") = false, py::arg("in_16_bytes") = true);
+  m.def("cuda_product", &cuda_product, "(refused, row) of a grouped product on an architecture such as 90.",
+        py::arg("arch"), py::arg("E"), py::arg("S"), py::arg("N"), py::arg("K"), py::arg("dtype"),
+        py::arg("in_16_bytes"));
   m.def("multiply_add_rate", &multiply_add_rate, "Operations a second of a loop of multiply-adds on registers.",
         py::arg("threads"), py::arg("float64"), py::arg("steps"), py::call_guard<py::gil_scoped_release>());
   m.def(

@@ -187,17 +187,24 @@ class Backward {
   cudaError_t error_ = cudaSuccess;
 };
 
+/// A few tokens whose first product nobody wants to keep: time is what reading the weights takes.
+bool decodes(const FusedExpertsArgs& args) {
+  return !args.hidden && args.mlp.T <= kFewTokens && decode_takes(args.mlp);
+}
+
 /// act and rows of the forward.
 int64_t act_bytes(const ExpertMlp& p) { return (slots(p) * p.I * dtype_bytes(p.dtype) + 255) / 256 * 256; }
 
 }  // namespace
 
 int64_t fused_experts_workspace_bytes(const FusedExpertsArgs& args) {
+  if (decodes(args)) return decode_workspace_bytes(args.mlp);
   return act_bytes(args.mlp) + slots(args.mlp) * args.mlp.H * dtype_bytes(args.mlp.dtype);
 }
 
 cudaError_t fused_experts(const FusedExpertsArgs& args, cudaStream_t stream) {
   const ExpertMlp& p = args.mlp;
+  if (decodes(args)) return decode({p, args.y, args.workspace}, stream);
   char *act = static_cast<char*>(args.workspace), *rows = act + act_bytes(p);
   cudaError_t error = grouped_rows(up_product(p, args.hidden, act), stream);
   if (error != cudaSuccess) return error;

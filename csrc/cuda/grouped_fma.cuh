@@ -63,11 +63,12 @@ template <class Shared> MOE_DEVICE RowTile row_tile(const GroupedRows& g, Shared
   return {shared->expert, shared->begin, shared->end};
 }
 
-/// Loads depth [k0, +16) of the block's rows and of 32 columns from `unit` on. What is outside is 0.
-template <class T, int kHalves> MOE_DEVICE void fma_load(const GroupedRows& g, int64_t expert, int64_t unit, int64_t k0,
-                                                         FmaShared<acc_t<T>, kHalves>* shared) {
+/// Loads depth [k0, +16) of the block's rows, a multiple of 4, and of 32 columns from `unit` on. What is outside is 0.
+template <class T, int kHalves>
+MOE_DEVICE void fma_load(const GroupedRows& g, int64_t expert, int64_t unit, int64_t k0, int rows,
+                         FmaShared<acc_t<T>, kHalves>* shared) {
   const int64_t units = g.N / kHalves;
-  for (int i = threadIdx.x; i < kFmaRows * kFmaDepth; i += kFmaThreads) {
+  for (int i = threadIdx.x; i < rows * kFmaDepth; i += kFmaThreads) {
     const int k = i % kFmaDepth, m = i / kFmaDepth;
     const int64_t row = shared->source[m];
     const T* a = static_cast<const T*>(g.a) + (g.ends ? 0 : expert * g.a_expert) + row * g.a_stride + k0 + k;
@@ -87,15 +88,17 @@ template <class T, int kHalves> MOE_DEVICE void fma_load(const GroupedRows& g, i
 
 /// sum[half][m][n] <- the products of the block's rows with columns [unit, +32).
 template <class T, int kHalves>
-MOE_DEVICE void fma_products(const GroupedRows& g, int64_t expert, int64_t unit, FmaShared<acc_t<T>, kHalves>* shared) {
+MOE_DEVICE void fma_products(const GroupedRows& g, int64_t expert, int64_t unit, int rows,
+                             FmaShared<acc_t<T>, kHalves>* shared) {
   using A = acc_t<T>;
   const int across = threadIdx.x % kFmaAcross, down = threadIdx.x / kFmaAcross * kFmaPart;
+  const bool busy = down < rows;
   A sum[kHalves][kFmaPart][kFmaPart] = {};
   for (int64_t k0 = 0; k0 < g.K; k0 += kFmaDepth) {
-    fma_load<T, kHalves>(g, expert, unit, k0, shared);
+    fma_load<T, kHalves>(g, expert, unit, k0, (rows + kFmaPart - 1) / kFmaPart * kFmaPart, shared);
     __syncthreads();
 #pragma unroll 4
-    for (int k = 0; k < kFmaDepth; ++k) {
+    for (int k = 0; k < kFmaDepth && busy; ++k) {
       A a[kFmaPart];
 #pragma unroll
       for (int i = 0; i < kFmaPart; ++i) a[i] = shared->a[k][down + i];
@@ -139,7 +142,7 @@ template <class T, int kHalves> MOE_KERNEL __launch_bounds__(kFmaThreads, 4) gro
   const int lane = threadIdx.x % kWarp, rows = tile.end - tile.begin;
   const int64_t units = g.N / kHalves, parts = (units + kFmaColumns - 1) / kFmaColumns;
   for (int64_t part = blockIdx.y; part < parts; part += gridDim.y) {
-    fma_products<T, kHalves>(g, tile.expert, part * kFmaColumns, shared);
+    fma_products<T, kHalves>(g, tile.expert, part * kFmaColumns, rows, shared);
     __syncthreads();
     const int64_t unit = part * kFmaColumns + lane;
 #pragma unroll 1

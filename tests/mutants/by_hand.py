@@ -81,6 +81,33 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
         ),
         ("written bytes in the wrong order", "bytes[63 - threadIdx.x]", "bytes[(62 - threadIdx.x) & 63]"),
     ],
+    "csrc/cuda/fused_experts.cuh": [
+        ("gradient of the slot, not of its token", "slot / args.K * args.grad_y_stride", "slot * args.grad_y_stride"),
+        ("expert of the row before", "args.expert_offsets[middle + 1] <= r", "args.expert_offsets[middle + 1] < r"),
+        ("share of another row", "p * args.S + r", "p * args.S + slot"),
+        ("a warp's sum taken twice", "w * kWarp + lane", "(w - 1) * kWarp + lane"),
+        ("row of the slot, not of its token", "args.row_to_slot ? slot / args.K : r", "args.row_to_slot ? slot : r"),
+        (
+            "weight of the row, not of its slot",
+            "static_cast<const A*>(args.topk_weights)[slot]",
+            "static_cast<const A*>(args.topk_weights)[r]",
+        ),
+        ("bias of the next expert", "e * args.H", "(e + 1) * args.H"),
+    ],
+    "csrc/cuda/grouped_fma.cuh": [
+        ("an expert's first block taken by the one before", "begin / kFmaRows + e", "begin / kFmaRows"),
+        ("the second tile of an expert begins where the first does", "begin + tile * kFmaRows", "begin"),
+        ("token of the slot left undivided", "g.gather[r] / g.per_token", "g.gather[r]"),
+        ("row of the next token", "row * g.a_stride + k0 + k", "(row + 1) * g.a_stride + k0 + k"),
+        ("up rows as if they were interleaved", "half * (apart == 1 ? units : 1)", "half"),
+        ("share of the slot's row", "part * g.S + r", "part * g.S + row.slot"),
+        (
+            "sums of the neighbouring column",
+            "shared->b[half][k][across + j * kFmaAcross]",
+            "shared->b[half][k][across + j]",
+        ),
+        ("depth past the end", "row >= 0 && k0 + k < g.K", "row >= 0"),
+    ],
     "csrc/cuda/grouped_wgrad.cuh": [
         ("rows past the end are copied", "rows[i] >= 0 ? read : 0", "read"),
         ("the ring is filled a stage early", "fill(step + Tile::kStages - 1)", "fill(step + Tile::kStages - 2)"),

@@ -36,6 +36,15 @@ SUBJECTS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "permute": (["csrc/cuda/permute.cuh"], ["csrc/cuda/permute.cu", "tests/mutants/permute_cases.cpp"]),
     "unpermute": (["csrc/cuda/unpermute.cuh"], ["csrc/cuda/unpermute.cu", "tests/mutants/unpermute_cases.cpp"]),
+    "fused_experts": (
+        ["csrc/cuda/fused_experts.cuh", "csrc/cuda/grouped_fma.cuh"],
+        [
+            "csrc/cuda/fused_experts.cu",
+            "csrc/cuda/grouped_fma.cu",
+            "csrc/cuda/unpermute.cu",
+            "tests/mutants/fused_experts_cases.cpp",
+        ],
+    ),
     "grouped_wgrad": (
         ["csrc/cuda/grouped_wgrad.cuh", "csrc/cuda/mma_tile.cuh"],
         ["csrc/cuda/grouped_wgrad.cu", "tests/mutants/wgrad_cases.cpp"],
