@@ -142,7 +142,7 @@ def test_the_token_of_a_slot(per_token):
     multiplier, shift = quotient(per_token)
     assert multiplier < 2**32
     g = torch.Generator().manual_seed(per_token)
-    slots = torch.randint(0, 2**31, (2000,), generator=g).tolist() + [0, 2**31 - 1]
+    slots = [*torch.randint(0, 2**31, (2000,), generator=g).tolist(), 0, 2**31 - 1]
     slots += [n for q in (1, 2, 1000, (2**31 - 1) // per_token) for n in (q * per_token - 1, q * per_token)]
     assert all(n * multiplier >> shift == n // per_token for n in slots)
 
