@@ -46,6 +46,7 @@ LAYOUT = """
 #include <cstdio>
 #include <initializer_list>
 #include "cuda/decode.cuh"
+#include "cuda/grouped_fma.cuh"
 #include "cuda/grouped_gemm_config.h"
 #include "cuda/grouped_wgrad.cuh"
 #include "cuda/permute_tile.h"
@@ -72,6 +73,12 @@ int main() {
     const int parts = kDecodeTokens * DecodeParts<1>::kPitch * 4, list = slots * 12 + 16;
     std::printf("decode_w2 2 %d %d %d\\n", slots, kDecodeWarps, list + slots * kDecodeRows * 4 + parts);
   }
+  for (int halves : {1, 2})
+    for (int element : {8, 4, 2}) {
+      const size_t of_float = halves == 1 ? sizeof(FmaShared<float, 1>) : sizeof(FmaShared<float, 2>);
+      const size_t of_double = halves == 1 ? sizeof(FmaShared<double, 1>) : sizeof(FmaShared<double, 2>);
+      std::printf("grouped_fma %d 0 4 %zu\\n", 10 * halves + element, element == 8 ? of_double : of_float);
+    }
   for (int row = 0; row < kFma; ++row)
     std::printf("grouped_rows %d 0 %d %d\\n", row, kTileRows[row].warps(), kTileRows[row].shared_bytes());
 }
@@ -190,18 +197,15 @@ for _w in ("true", "false"):
     MMA_SLOTS |= {f"grouped_rows<float, 2, {_w}>": 8, f"grouped_rows<float, 3, {_w}>": 16}
     MMA_SLOTS |= {f"grouped_rows<{t}, 3, {_w}>": 8 for t in ("bf16", "f16")}
 ELEMENT = {"double": 8, "float": 4, "bf16": 2, "f16": 2}
-# Kernels whose block is known to their launcher alone.
-UNKNOWN = ("grouped_fma",)
 
 
 def occupancies(name: str, arch: str, kernel: Kernel, table: dict) -> dict[int, float]:
-    """E -> occupancy; the key 0 where E does not matter. Empty where the block is not known here."""
+    """E -> occupancy; the key 0 where E does not matter."""
     stem, _, argument = name.partition("<")
     words = argument.rstrip(">").split(", ")
     which = int(words[1]) if stem == "grouped_rows" else ELEMENT.get(words[0], 0)
+    which += 10 * int(words[1]) if stem == "grouped_fma" else 0
     of_kernel = table.get((stem, which)) or table.get((stem, 0))
-    if stem.startswith(UNKNOWN):
-        return {}
     if of_kernel is None:
         warps = 32 if stem == "permute_scan" else 8
         return {0: occupancy(arch, kernel.registers, warps, 4096 if stem == "permute_scan" else 0)}
@@ -237,8 +241,8 @@ def page(found: dict[str, dict[str, Kernel]], table: dict, version: str) -> str:
         f"Written by `make audit ARGS=--write` with nvcc {version}; `make audit` fails when a kernel gets worse.",
         "Read from the machine code, nothing is measured: registers and occupancy say what a multiprocessor can hold,",
         "not how fast it is. No kernel spills. Slots per HMMA: instructions of the main loop for each of its products",
-        "on tensor cores. Occupancy is of 64 warps; where it depends on E: E = 8 / 128 / 512, of decode on slots: 8 / 64 / "
-        "512.",
+        "on tensor cores. Occupancy is of 64 warps; where it depends on E: E = 8 / 128 / 512, of decode on slots: "
+        "8 / 64 / 512.",
         "",
         "| kernel | arch | registers | instructions | global | shared | collectives | slots per HMMA | occupancy |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
