@@ -163,6 +163,12 @@ def test_either_major_and_a_float32_gradient(kind, transposed, out_dtype):
     case.compare(out_dtype, transposed=transposed, mma=kind in ON_TENSOR_CORES)
 
 
+@pytest.mark.parametrize("out_dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_gradient_of_any_type(kind, out_dtype):
+    Case((12, 0, 20), 24, 16, kind).compare(out_dtype)
+
+
 @pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16], ids=str)
 def test_out_may_lie_in_something_wider(kind):
     case = Case((12, 0, 20), 24, 16, kind)
