@@ -60,7 +60,7 @@ def products():
 
 
 def shapes_of(kwargs):
-    E, H, I = kwargs["num_experts"], kwargs["hidden_size"], kwargs["intermediate_size"]  # noqa: E741
+    E, H, I = kwargs["num_experts"], kwargs["hidden_size"], kwargs["intermediate_size"]
     return E, kwargs["top_k"], ((2 * I, H), (H, I), (I, H), (H, 2 * I))
 
 
