@@ -23,7 +23,7 @@ from unittest import mock
 import torch
 
 import moe_kernels as mk
-from moe_kernels import autograd, ops, schemas
+from moe_kernels import autograd, fakes, ops, schemas
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMESPACE = "moe_kernels_simt"
@@ -43,6 +43,8 @@ def library() -> CDLL:
     for name in STAGES:
         _DEFINITIONS.define(name + schemas.SCHEMAS[name])
     torch.ops.load_library(path)
+    for name in STAGES:
+        torch.library.register_fake(f"{NAMESPACE}::{name}", getattr(fakes, f"_{name}"))
     autograd.install(NAMESPACE, FORWARDS)
     return CDLL(path)
 
