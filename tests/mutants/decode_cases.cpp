@@ -46,10 +46,10 @@ template <class T> std::string run(DType dtype, const Shape& s) {
 
 }  // namespace
 
-MOE_CASE(few_tokens) { return run<bf16>(DType::bf16, {5, 1096, 24, 34, 3, true, false, true, false}); }
+MOE_CASE(few_tokens) { return run<bf16>(DType::bf16, {2, 1048, 24, 34, 3, true, false, true, false}); }
 MOE_CASE(repeated_ids) { return run<f16>(DType::f16, {7, 24, 40, 3, 2, false, false, true, false, true}); }
-MOE_CASE(many_rows) { return run<bf16>(DType::bf16, {37, 24, 24, 4, 4, true, true, false, false}); }
-MOE_CASE(weight_on_input) { return run<f16>(DType::f16, {3, 40, 1048, 5, 2, true, false, true, true}); }
+MOE_CASE(many_rows) { return run<bf16>(DType::bf16, {26, 24, 24, 4, 4, true, true, false, false}); }
+MOE_CASE(weight_on_input) { return run<f16>(DType::f16, {2, 24, 1048, 5, 2, true, false, true, true}); }
 MOE_CASE(wild_offsets) { return run<bf16>(DType::bf16, {2, 16, 8, 3, 3, true, false, false, false, false, true}); }
 MOE_CASE(odd_widths) { return run<float>(DType::f32, {5, 37, 11, 34, 3, true, true, true, false}); }
 MOE_CASE(double_ungated) { return run<double>(DType::f64, {3, 5, 35, 3, 2, false, false, true, true}); }

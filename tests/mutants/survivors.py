@@ -39,4 +39,19 @@ HARMLESS: dict[str, str] = {
     "first += int64_t(gridDim.x) * tile.tokens) { #2": (
         "At first == T the tile has no tokens: nothing is copied or routed, all threads meet the same barriers."
     ),
+    "csrc/cuda/decode.cuh | off by one < | for (int64_t k = int64_t(part) * step; k < K; k += kDecodeWarps * step) {": (
+        "At k == K every `at < K` is false: zeros are multiplied. A wasted turn."
+    ),
+    "csrc/cuda/decode.cuh | delete griddepcontrol_launch_dependents | griddepcontrol_launch_dependents();": (
+        "It only lets decode_w2 start sooner; without it that starts when decode_w13 ends, which is always allowed."
+    ),
+    "csrc/cuda/decode.cuh | delete griddepcontrol_launch_dependents | griddepcontrol_launch_dependents(); #2": (
+        "It only lets decode_w2 start sooner; without it that starts when decode_w13 ends, which is always allowed."
+    ),
+    "csrc/cuda/expert_rows.cuh | off by one < | for (int64_t base = 0; base < E; base += kWarp) {": (
+        "At base == E no lane has an expert below E: none is active. A wasted turn."
+    ),
+    "csrc/cuda/expert_rows.cuh | off by one < | for (int64_t base = 0; base < E; base += kWarp) { #2": (
+        "At base == E no lane has an expert below E: none is active. A wasted turn."
+    ),
 }
