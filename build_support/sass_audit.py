@@ -45,8 +45,11 @@ LIMITS = {"80": Limits(65536, 64, 32, 164 * 1024), "90a": Limits(65536, 64, 32, 
 LAYOUT = """
 #include <cstdio>
 #include <initializer_list>
+#include "cuda/decode.cuh"
 #include "cuda/expert_choice_tile.h"
+#include "cuda/grouped_fma.cuh"
 #include "cuda/grouped_gemm_config.h"
+#include "cuda/grouped_wgrad.cuh"
 #include "cuda/permute_tile.h"
 #include "cuda/route_tile.h"
 using namespace moe::cuda;
@@ -73,6 +76,21 @@ int main() {
       for (const char* name : {t.tiles == 1 ? "limit_capacity" : "limit_count", t.tiles == 1 ? "" : "limit_drop"})
         if (*name) std::printf("%s 0 %d %d %u\\n", name, E, t.warps, t.offsets);
     }
+  std::printf("grouped_wgrad 4 0 4 %u\\n", WgradTile<float>::kBytes);
+  std::printf("grouped_wgrad 2 0 4 %u\\n", WgradTile<moe::bf16>::kBytes);
+  const int fma_bytes = 2 * kWgradFmaDepth * kWgradFmaWidth * 4;
+  for (int element : {8, 4, 2}) std::printf("grouped_wgrad_fma %d 0 8 %d\\n", element, fma_bytes * (1 + element / 8));
+  for (int slots : {8, 64, 512}) {
+    std::printf("decode_w13 2 %d %d %d\\n", slots, kDecodeWarps, (slots > 64 ? 64 : 8) * DecodeParts<2>::kPitch * 4);
+    const int parts = kDecodeTokens * DecodeParts<1>::kPitch * 4, list = slots * 12 + 16;
+    std::printf("decode_w2 2 %d %d %d\\n", slots, kDecodeWarps, list + slots * kDecodeRows * 4 + parts);
+  }
+  for (int halves : {1, 2})
+    for (int element : {8, 4, 2}) {
+      const size_t of_float = halves == 1 ? sizeof(FmaShared<float, 1>) : sizeof(FmaShared<float, 2>);
+      const size_t of_double = halves == 1 ? sizeof(FmaShared<double, 1>) : sizeof(FmaShared<double, 2>);
+      std::printf("grouped_fma %d 0 4 %zu\\n", 10 * halves + element, element == 8 ? of_double : of_float);
+    }
   for (int row = 0; row < kFma; ++row)
     std::printf("grouped_rows %d 0 %d %d\\n", row, kTileRows[row].warps(), kTileRows[row].shared_bytes());
 }
@@ -91,6 +109,7 @@ class Kernel:
     shared_accesses: int
     collectives: int  # shuffles, votes, matches, reductions
     double_precision: int
+    slots_per_mma: float  # instructions of the innermost loop with tensor-core products, for each of those; 0: none
 
 
 def tool(name: str) -> str:
@@ -118,6 +137,27 @@ def demangled(names: list[str]) -> list[str]:
     return short
 
 
+_LINE = re.compile(r"^\s*(\.L_\w+):|/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*?);", re.M)
+
+
+def slots_per_mma(code: str) -> float:
+    """Instructions of the shortest backward branch's span that holds HMMA, over the HMMA in it."""
+    labels: dict[str, int] = {}
+    words: list[str] = []
+    spans = []
+    for label, word, operands in _LINE.findall(code):
+        if label:
+            labels[label] = len(words)
+            continue
+        words.append(word.split(".")[0])
+        target = re.search(r"\.L_\w+", operands)
+        if words[-1] == "BRA" and target and target[0] in labels:
+            span = words[labels[target[0]] :]
+            if "HMMA" in span:
+                spans.append((len(span), span.count("HMMA")))
+    return round(min(spans)[0] / min(spans)[1], 1) if spans else 0.0
+
+
 def read(cubin: Path) -> dict[str, Kernel]:
     """Every kernel of a cubin, by its short name."""
     usage = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+)", run(tool("cuobjdump"), "-res-usage", str(cubin)))
@@ -135,7 +175,7 @@ def read(cubin: Path) -> dict[str, Kernel]:
             registers=int(registers), stack=int(stack), local_accesses=of("LDL", "STL"),
             instructions=sum(count.values()), global_accesses=of("LDG", "STG", "LDGSTS", "RED", "ATOMG"),
             shared_accesses=of("LDS", "STS", "ATOMS"), collectives=of("SHFL", "VOTE", "MATCH", "REDUX", "CREDUX"),
-            double_precision=of("DADD", "DMUL", "DFMA", "DSETP", "MUFU64"),
+            double_precision=of("DADD", "DMUL", "DFMA", "DSETP", "MUFU64"), slots_per_mma=slots_per_mma(code[mangled]),
         )  # fmt: skip
     return kernels
 
@@ -144,7 +184,8 @@ def layouts() -> dict[tuple[str, int], dict[int, tuple[int, int]]]:
     """(kernel, element bytes, or row of kTileRows, or 0) -> E, or 0 -> (warps, bytes of shared memory) of a block."""
     source, program = cubins.BUILD / "layout.cpp", cubins.BUILD / "layout"
     source.write_text(LAYOUT)
-    run(*os.environ.get("CXX", "c++").split(), "-std=c++17", f"-I{ROOT / 'csrc'}", str(source), "-o", str(program))
+    flags = ("-std=c++17", "-DMOE_SIMT", f"-I{ROOT / 'csrc'}")  # device headers too, for their constants
+    run(*os.environ.get("CXX", "c++").split(), *flags, str(source), "-o", str(program))
     table: dict[tuple[str, int], dict[int, tuple[int, int]]] = {}
     for line in run(str(program)).splitlines():
         name, element, experts, warps, size = line.split()
@@ -164,19 +205,23 @@ def occupancy(arch: str, registers: int, warps: int, shared: int) -> float:
 SHARED = {
     "permute_scan": (32, 4096), "limit_scan": (32, 4096), "add_rows<float>": (32, 4096), "add_rows<double>": (32, 8192)
 }  # fmt: skip
+# f32 is rounded to tf32 in the loop, weighted operands are multiplied there, and the tile of 16 rows (row 3) waits for
+# its weights, not for an issue slot; else 6.
+MMA_SLOTS = {f"grouped_wgrad<{t}, {w}>": 8 for t in ("bf16", "f16", "float") for w in ("true", "false")
+             if t == "float" or w == "true"}  # fmt: skip
+for _w in ("true", "false"):
+    MMA_SLOTS |= {f"grouped_rows<float, 2, {_w}>": 8, f"grouped_rows<float, 3, {_w}>": 16}
+    MMA_SLOTS |= {f"grouped_rows<{t}, 3, {_w}>": 8 for t in ("bf16", "f16")}
 ELEMENT = {"double": 8, "float": 4, "bf16": 2, "f16": 2}
-# Kernels whose block is known to their launcher alone.
-UNKNOWN = ("grouped_fma", "grouped_wgrad", "decode")
 
 
 def occupancies(name: str, arch: str, kernel: Kernel, table: dict) -> dict[int, float]:
-    """E -> occupancy; the key 0 where E does not matter. Empty where the block is not known here."""
+    """E -> occupancy; the key 0 where E does not matter."""
     stem, _, argument = name.partition("<")
     words = argument.rstrip(">").split(", ")
     which = int(words[1]) if stem == "grouped_rows" else ELEMENT.get(words[0], 0)
+    which += 10 * int(words[1]) if stem == "grouped_fma" else 0
     of_kernel = table.get((stem, which)) or table.get((stem, 0))
-    if stem.startswith(UNKNOWN):
-        return {}
     if of_kernel is None:
         warps, size = SHARED.get(name, (8, 0))
         return {0: occupancy(arch, kernel.registers, warps, size)}
@@ -194,6 +239,9 @@ def complaints(arch: str, found: dict[str, Kernel], budget: dict[str, dict[str, 
             most = budget.get(name, {}).get(field)
             if most is not None and value > most * (SLACK if field == "instructions" else 1):
                 said.append(f"sm_{arch} {name}: {field} {value}, budget {most}")
+        on_tensor_cores = name.startswith(("grouped_wgrad<", "grouped_rows<"))
+        if on_tensor_cores and not 0 < kernel.slots_per_mma <= MMA_SLOTS.get(name, 6):
+            said.append(f"sm_{arch} {name}: {kernel.slots_per_mma} slots per HMMA, wanted {MMA_SLOTS.get(name, 6)}")
         if name.startswith(("route", "sum_scores")) and "double" not in name:
             for E, share in occupancies(name, arch, kernel, table).items():
                 if E <= 512 and share < 0.5:
@@ -208,16 +256,19 @@ def page(found: dict[str, dict[str, Kernel]], table: dict, version: str) -> str:
         "",
         f"Written by `make audit ARGS=--write` with nvcc {version}; `make audit` fails when a kernel gets worse.",
         "Read from the machine code, nothing is measured: registers and occupancy say what a multiprocessor can hold,",
-        "not how fast it is. No kernel spills. Occupancy is of 64 warps; where it depends on E: E = 8 / 128 / 512.",
+        "not how fast it is. No kernel spills. Slots per HMMA: instructions of the main loop for each of its products",
+        "on tensor cores. Occupancy is of 64 warps; where it depends on E: E = 8 / 128 / 512; of decode: 8 / 64 / 512",
+        "slots.",
         "",
-        "| kernel | arch | registers | instructions | global | shared | collectives | occupancy |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | --- |",
+        "| kernel | arch | registers | instructions | global | shared | collectives | slots per HMMA | occupancy |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
     for arch, kernels in found.items():
         for name, k in sorted(kernels.items()):
             share = occupancies(name, arch, k, table)
-            shown = " / ".join(f"{share[E]:.0%}" for E in ((0,) if 0 in share else (8, 128, 512)) if E in share) or "-"
-            counts = (k.registers, k.instructions, k.global_accesses, k.shared_accesses, k.collectives)
+            keys = [E for E in (8, 128, 512) if E in share] or share
+            shown = " / ".join(f"{share[E]:.0%}" for E in keys) or "-"
+            counts = (k.registers, k.instructions, k.global_accesses, k.shared_accesses, k.collectives, k.slots_per_mma)
             lines.append(f"| `{name}` | sm_{arch} | " + " | ".join(map(str, counts)) + f" | {shown} |")
     return "\n".join(lines) + "\n"
 

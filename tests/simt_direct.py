@@ -23,7 +23,7 @@ from torch import Tensor
 from moe_kernels.schemas import DTYPE_CODE
 
 sys.path.insert(0, str(simt_ops.ROOT / "tests/simt"))
-import programs  # noqa: E402
+import programs
 
 CUDA = simt_ops.ROOT / "csrc/cuda"
 KERNELS = ("grouped_wgrad", "decode", "grouped_gemm", "grouped_gemm_bf16", "grouped_gemm_f16", "grouped_gemm_tf32",
@@ -61,13 +61,6 @@ def _struct(name: str) -> type[ctypes.Structure]:
 @functools.cache
 def type_of(name: str) -> Any:
     return _TYPES.get(name) or _struct(name)
-
-
-CODES, Weight = DTYPE_CODE, type_of("Weight")
-
-
-def pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 def make(struct: str, **values: Any) -> Any:

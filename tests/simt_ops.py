@@ -23,7 +23,7 @@ from unittest import mock
 import torch
 
 import moe_kernels as mk
-from moe_kernels import autograd, capacity, losses, ops, schemas
+from moe_kernels import autograd, capacity, fakes, losses, ops, schemas
 from moe_kernels.routers import assignment, expert_choice
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,6 +51,8 @@ def library() -> CDLL:
     for name in STAGES:
         _DEFINITIONS.define(name + schemas.SCHEMAS[name])
     torch.ops.load_library(path)
+    for name in STAGES:
+        torch.library.register_fake(f"{NAMESPACE}::{name}", getattr(fakes, f"_{name}"))
     autograd.install(NAMESPACE, [stage for stage in CALLED if stage in autograd.FORMULAS])
     return CDLL(path)
 

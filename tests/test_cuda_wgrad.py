@@ -142,7 +142,7 @@ def test_the_token_of_a_slot(per_token):
     multiplier, shift = quotient(per_token)
     assert multiplier < 2**32
     g = torch.Generator().manual_seed(per_token)
-    slots = torch.randint(0, 2**31, (2000,), generator=g).tolist() + [0, 2**31 - 1]
+    slots = [*torch.randint(0, 2**31, (2000,), generator=g).tolist(), 0, 2**31 - 1]
     slots += [n for q in (1, 2, 1000, (2**31 - 1) // per_token) for n in (q * per_token - 1, q * per_token)]
     assert all(n * multiplier >> shift == n // per_token for n in slots)
 
@@ -161,6 +161,12 @@ def test_either_major_and_a_float32_gradient(kind, transposed, out_dtype):
         out_dtype = torch.float64
     case = Case((30, 0, 9), 72, 136, kind, gather="k", weighted=True)
     case.compare(out_dtype, transposed=transposed, mma=kind in ON_TENSOR_CORES)
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_gradient_of_any_type(kind, out_dtype):
+    Case((12, 0, 20), 24, 16, kind).compare(out_dtype)
 
 
 @pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16], ids=str)

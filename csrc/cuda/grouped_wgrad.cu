@@ -35,9 +35,9 @@ template <class T> cudaError_t with_mma(GroupedWgradArgs args, cudaStream_t stre
   return launch(shape, stream, kernel, args, quotient_of(args.n_side), quotient_of(args.k_side));
 }
 
-template <class T, class O> cudaError_t with_fma(const GroupedWgradArgs& args, cudaStream_t stream) {
+template <class T> cudaError_t with_fma(const GroupedWgradArgs& args, cudaStream_t stream) {
   constexpr uint32_t bytes = 2 * kWgradFmaDepth * kWgradFmaWidth * sizeof(acc_t<T>);
-  return launch({grid_of(args, kWgradFmaWidth), dim3(kWgradFmaThreads), bytes}, stream, grouped_wgrad_fma_kernel<T, O>,
+  return launch({grid_of(args, kWgradFmaWidth), dim3(kWgradFmaThreads), bytes}, stream, grouped_wgrad_fma_kernel<T>,
                 args);
 }
 
@@ -45,6 +45,7 @@ template <class T, class O> cudaError_t with_fma(const GroupedWgradArgs& args, c
 
 bool grouped_wgrad_uses_mma(const GroupedWgradArgs& args) {
   if (args.dtype == DType::f64 || (args.dtype == DType::f32 && !args.allow_tf32)) return false;
+  if (args.out_dtype != args.dtype && args.out_dtype != DType::f32) return false;
   if (args.n_side.col_stride != 1 || args.k_side.col_stride != 1 || (args.out_col != 1 && args.out_row != 1))
     return false;
   const int64_t bytes = dtype_bytes(args.dtype), out_bytes = dtype_bytes(args.out_dtype);
@@ -65,12 +66,7 @@ cudaError_t grouped_wgrad(const GroupedWgradArgs& args, cudaStream_t stream) {
     return with_mma<float>(args, stream);
   }
   cudaError_t result = cudaErrorInvalidValue;
-  visit_dtype(args.dtype, [&](auto tag) {
-    using T = decltype(tag);
-    if (args.out_dtype == args.dtype) result = with_fma<T, T>(args, stream);
-    else if constexpr (sizeof(T) == 2)
-      if (args.out_dtype == DType::f32) result = with_fma<T, float>(args, stream);
-  });
+  visit_dtype(args.dtype, [&](auto tag) { result = with_fma<decltype(tag)>(args, stream); });
   return result;
 }
 

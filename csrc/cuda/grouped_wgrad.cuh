@@ -282,9 +282,23 @@ template <class T> MOE_DEVICE void load_side(acc_t<T>* tile, const WgradSide& si
   }
 }
 
+/// A thread's 4 x 4 elements, sixteen apart, of the tile that begins at (n, k) of out.
+template <class O, class A>
+MOE_DEVICE void store_fma(const GroupedWgradArgs& args, int64_t e, int64_t n, int64_t k, const A (&sum)[4][4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int64_t row = n + 16 * i, col = k + 16 * j;
+      if (row >= args.N || col >= args.K) continue;
+      O* to = static_cast<O*>(args.out) + e * args.out_expert + row * args.out_row + col * args.out_col;
+      const acc_t<O> before = args.accumulate ? widen(*to) : acc_t<O>(0);
+      *to = narrow<O>(before + acc_t<O>(sum[i][j]));
+    }
+}
+
 /// The same sum with plain multiply-adds in acc, any stride: 64 x 64 elements a block, 4 x 4 a thread.
-template <class T, class O>
-MOE_KERNEL __launch_bounds__(256, 2) grouped_wgrad_fma_kernel(GroupedWgradArgs args) {
+template <class T> MOE_KERNEL __launch_bounds__(256, 2) grouped_wgrad_fma_kernel(GroupedWgradArgs args) {
   using A = acc_t<T>;
   MOE_SHARED(A, shared);
   A *n_tile = shared, *k_tile = shared + kWgradFmaDepth * kWgradFmaWidth;
@@ -314,16 +328,12 @@ MOE_KERNEL __launch_bounds__(256, 2) grouped_wgrad_fma_kernel(GroupedWgradArgs a
     }
     __syncthreads();
   }
-#pragma unroll
-  for (int i = 0; i < 4; ++i)
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int64_t n = n0 + y + 16 * i, k = k0 + x + 16 * j;
-      if (n >= args.N || k >= args.K) continue;
-      O* to = static_cast<O*>(args.out) + e * args.out_expert + n * args.out_row + k * args.out_col;
-      const acc_t<O> before = args.accumulate ? widen(*to) : acc_t<O>(0);
-      *to = narrow<O>(acc_t<O>(before + sum[i][j]));
-    }
+  switch (args.out_dtype) {
+    case DType::f64: store_fma<double>(args, e, n0 + y, k0 + x, sum); break;
+    case DType::f32: store_fma<float>(args, e, n0 + y, k0 + x, sum); break;
+    case DType::bf16: store_fma<bf16>(args, e, n0 + y, k0 + x, sum); break;
+    case DType::f16: store_fma<f16>(args, e, n0 + y, k0 + x, sum); break;
+  }
 }
 
 }  // namespace moe::cuda

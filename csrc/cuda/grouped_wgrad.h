@@ -24,7 +24,7 @@ struct WgradSide {
 
 struct GroupedWgradArgs {
   int64_t E, S, N, K;      // S bounds the rows of all experts together
-  DType dtype, out_dtype;  // of both sides | of out: dtype, or f32
+  DType dtype, out_dtype;  // of both sides | of out
   bool allow_tf32;         // f32 only: products of 10-bit mantissas, sums in float32; else multiply-adds in float32
   bool accumulate;         // out += instead of out =; then an expert without rows leaves its part as it is
   WgradSide n_side, k_side;
@@ -35,8 +35,8 @@ struct GroupedWgradArgs {
   int64_t out_expert, out_row, out_col;  // strides of e, n, k; either of n and k may be the contiguous one
 };
 
-/// Whether the tensor cores take it: bf16, f16 or tf32; 16-byte rows of sides and out, one index of out contiguous.
-/// Otherwise a tile of plain multiply-adds in acc does it, for any stride.
+/// Whether the tensor cores take it: bf16, f16 or tf32, to dtype or f32; 16-byte rows of sides and out, one index of
+/// out contiguous. Otherwise a tile of plain multiply-adds in acc does it, for any stride.
 bool grouped_wgrad_uses_mma(const GroupedWgradArgs&);
 cudaError_t grouped_wgrad(const GroupedWgradArgs&, cudaStream_t);
 

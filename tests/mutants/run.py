@@ -63,6 +63,10 @@ SUBJECTS: dict[str, tuple[list[str], list[str]]] = {
         ["csrc/cuda/grouped_wgrad.cuh", "csrc/cuda/mma_tile.cuh"],
         ["csrc/cuda/grouped_wgrad.cu", "tests/mutants/wgrad_cases.cpp"],
     ),
+    "grouped_gemm": (
+        ["csrc/cuda/grouped_gemm.cuh", "csrc/cuda/tile_scheduler.cuh"],
+        ["csrc/cuda/grouped_gemm_bf16.cu", "tests/mutants/gemm_cases.cpp"],
+    ),
     "decode": (
         ["csrc/cuda/decode.cuh", "csrc/cuda/expert_rows.cuh"],
         ["csrc/cuda/decode.cu", "csrc/cuda/permute.cu", "tests/mutants/decode_cases.cpp"],
@@ -78,6 +82,10 @@ SMALLER: dict[str, tuple[str, str]] = {
     "csrc/cuda/fused_experts.cu": ("s.E < 65535 ? s.E : 65535", "s.E < 2 ? s.E : 2"),
     "csrc/cuda/grouped_fma.cu": ("parts < 65535 ? parts : 65535", "parts < 1 ? parts : 1"),
     "csrc/cuda/permute.cu": ("blocks < 1056 ? blocks : 1056", "blocks < 1 ? blocks : 1"),
+    "csrc/cuda/grouped_gemm_config.h": (  # two tiles are enough to go through every path
+        '    {"mma 128x256", 128, 256, 64, 4, 2, 4, false},\n    {"mma 128x128", 128, 128, 64, 3, 2, 2, true},\n',
+        "",
+    ),
     "csrc/cuda/permute_tile.h": (
         "kTileSlots = 2048;       // of a block, where there are several\nconstexpr int64_t kOneBlockSlots = 16384",
         "kTileSlots = 288;\nconstexpr int64_t kOneBlockSlots = 200",
