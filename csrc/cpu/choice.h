@@ -12,9 +12,8 @@ constexpr int64_t kTokenBlock = 2048;  // tokens whose output columns one worker
 
 constexpr int64_t kPair = 2 * kPanel;  // columns of a product at a time
 
-/// Contracted elements of a packed panel at a time: 256 KiB of 64 columns. Shorter pieces of weight rows come slower
-/// from memory.
-constexpr int64_t depth_block(int64_t acc_bytes) { return 4096 / acc_bytes; }
+/// Contracted elements of a packed panel at a time: 32 KiB of 64 columns, which stay in the first-level cache.
+constexpr int64_t depth_block(int64_t acc_bytes) { return 512 / acc_bytes; }
 
 /// One panel: n of 32 or 64 columns of a weight for about `rows` rows. by_column: the left operand runs along its rows.
 struct PanelCase {

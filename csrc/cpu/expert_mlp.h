@@ -21,6 +21,11 @@ struct ExpertRows {
   const int32_t* row_to_token;
   int64_t begin(int64_t e) const { return p.expert_offsets[e]; }
   int64_t end(int64_t e) const { return p.expert_offsets[e + 1]; }
+  /// The first expert with rows from e on, or E.
+  int64_t hit(int64_t e) const {
+    while (e < p.E && begin(e) == end(e)) ++e;
+    return e;
+  }
   int64_t first_at(int64_t e, int64_t token) const {
     return std::lower_bound(row_to_token + begin(e), row_to_token + end(e), int32_t(token)) - row_to_token;
   }
@@ -45,9 +50,9 @@ template <class W> class FirstProduct {
   int64_t first() const { return first_; }
   int64_t units() const { return units_; }
 
-  /// c[rows][64]: x W13^T.
-  void raw(const Left<A>& x, int64_t rows, A* c, A* packed) const {
-    panel_.product(x, rows, c, kPair, packed);
+  /// c[rows][64]: x W13^T. Meanwhile the weight of `next`, if given, is fetched.
+  void raw(const Left<A>& x, int64_t rows, A* c, A* packed, const FirstProduct* next = nullptr) const {
+    panel_.product(x, rows, c, kPair, packed, next ? &next->panel_ : nullptr);
     if (!p_.interleaved) return;
     for (int64_t m = 0; m < rows; ++m) {
       A pairs[kPair];
@@ -120,30 +125,42 @@ template <class W> struct Combine {
     const int64_t h0 = task % column_blocks() * columns, n = std::min(columns, rows.p.H - h0);
     const int64_t t0 = task / column_blocks() * kTokenBlock, tokens = std::min(kTokenBlock, rows.p.T - t0);
     std::fill_n(scratch.y, tokens * n, A(0));
-    for (int64_t e = 0; e < rows.p.E; ++e) {
-      if (rows.begin(e) == rows.end(e)) continue;
-      const int64_t begin = rows.first_at(e, t0), end = rows.first_at(e, t0 + tokens);
-      for (int64_t j = 0; j < n && begin < end; j += kPair)
-        add_panel(e, h0 + j, begin, end, scale, scratch, scratch.y + j - t0 * n, n);
+    for (int64_t e = rows.hit(0); e < rows.p.E; e = rows.hit(e + 1)) {
+      const int64_t begin = rows.first_at(e, t0), end = rows.first_at(e, t0 + tokens), after = rows.hit(e + 1);
+      for (int64_t j = 0; j < n && begin < end; j += kPair) {
+        const Panel<W> next = j + kPair < n ? panel(e, h0 + j + kPair) : panel(after < rows.p.E ? after : e, h0);
+        add_panel(e, h0 + j, {begin, end, scratch.y + j - t0 * n, n}, next, scale, scratch);
+      }
     }
     narrow(rows.p.dtype, scratch.y, n, out, t0 * rows.p.H + h0, rows.p.H, tokens, n);
   }
 
  private:
-  /// y[token][0 .. 64) += scale * (the rows [begin, end) of expert e times columns h.. of its weight).
-  template <class Scale>
-  void add_panel(int64_t e, int64_t h, int64_t begin, int64_t end, Scale scale, const Scratch<A>& scratch, A* y,
-                 int64_t y_stride) const {
+  /// Rows, and where the sums of their tokens are: token t at y + t * y_stride.
+  struct Sums {
+    int64_t begin, end;
+    A* y;
+    int64_t y_stride;
+  };
+
+  /// The weight of expert e for at most 64 columns of the output.
+  Panel<W> panel(int64_t e, int64_t h) const {
+    return Panel<W>::columns(w, e, h / kPanel, std::min(kPair, rows.p.H - h), k, rows.end(e) - rows.begin(e));
+  }
+
+  /// y[token][0 .. 64) += scale * (the rows of expert e times columns h.. of its weight). Meanwhile `next` is fetched.
+  template <class Scale> void add_panel(int64_t e, int64_t h, const Sums& to, const Panel<W>& next, Scale scale,
+                                        const Scratch<A>& scratch) const {
     const int64_t n = std::min(kPair, rows.p.H - h);
-    const Panel<W> panel = Panel<W>::columns(w, e, h / kPanel, n, k, end - begin);
+    const Panel<W> weight = panel(e, h);
     const W* b = bias ? static_cast<const W*>(bias) + e * rows.p.H + h : nullptr;
-    for_row_blocks(begin, end, [&](int64_t r0, int64_t count) {
+    for_row_blocks(to.begin, to.end, [&](int64_t r0, int64_t count) {
       const Left<A> block{left.data + r0 * left.stride, left.stride};
-      panel.product(block, count, scratch.c, kPair, scratch.packed);
+      weight.product(block, count, scratch.c, kPair, scratch.packed, &next);
       for (int64_t m = 0; m < count; ++m) {
         A* row = scratch.c + m * kPair;
         for (int64_t j = 0; b && j < n; ++j) row[j] += A(b[j]);
-        math<A>().axpy(scale(r0 + m), row, y + rows.row_to_token[r0 + m] * y_stride, n);
+        math<A>().axpy(scale(r0 + m), row, to.y + rows.row_to_token[r0 + m] * to.y_stride, n);
       }
     });
   }

@@ -40,13 +40,17 @@ template <class W> void run(const FusedExpertsArgs& args, const Workers& workers
   const int64_t units = unit_block(p), panels = ceil_div(p.I, units);
 
   // 1. hidden = x W13^T, act = activation(hidden)
-  for_tasks(workers, p.E * panels, [&](int32_t worker, int64_t task) {
-    const int64_t e = task / panels, first = task % panels * units, count = rows.end(e) - rows.begin(e);
+  const auto product_of = [&](int64_t task) {
+    const int64_t e = task / panels, first = task % panels * units;
+    return FirstProduct<W>(p, e, first, std::min(units, p.I - first), rows.end(e) - rows.begin(e));
+  };
+  for_tasks_ahead(workers, p.E * panels, [&](int32_t worker, int64_t task, int64_t next_task) {
+    const int64_t e = task / panels, count = rows.end(e) - rows.begin(e);
     if (count == 0) return;
     const Scratch<A> scratch = buffers.of(worker);
-    const FirstProduct<W> product(p, e, first, std::min(units, p.I - first), count);
+    const FirstProduct<W> product = product_of(task), next = product_of(std::min(next_task, p.E * panels - 1));
     for_row_blocks(rows.begin(e), rows.end(e), [&](int64_t r0, int64_t block) {
-      product.raw({x.data, x.stride, rows.row_to_token + r0}, block, scratch.c, scratch.packed);
+      product.raw({x.data, x.stride, rows.row_to_token + r0}, block, scratch.c, scratch.packed, &next);
       if (args.hidden) {
         const int64_t at = r0 * rows13(p) + product.first();
         narrow(p.dtype, scratch.c, kPair, args.hidden, at, rows13(p), block, product.units());

@@ -48,15 +48,22 @@ template <class W> class Panel {
   }
 
   /// c[rows][0 .. n) = left * panel; c has room for 32 columns, or 64 if n > 32. packed holds kPackedSize values.
-  void product(Left<A> left, int64_t rows, A* c, int64_t c_stride, A* packed) const {
+  /// Meanwhile `next`, if given, is fetched from memory.
+  void product(Left<A> left, int64_t rows, A* c, int64_t c_stride, A* packed, const Panel* next = nullptr) const {
+    const int64_t apart = half_[1].b - half_[0].b;
     if (way_ == Way::dot) {
+      const bool together = apart == kPanel * w_.row_stride && half_[0].n == kPanel;
+      if (together)
+        return tile<W>().dot({left, half_[0].b, w_.row_stride, c, c_stride, rows, half_[0].n + half_[1].n, k_, false});
       for (const Half& h : half_)
         if (h.n) tile<W>().dot({left, h.b, w_.row_stride, c + (&h - half_) * kPanel, c_stride, rows, h.n, k_, false});
       return;
     }
-    const int64_t apart = half_[1].b - half_[0].b;
-    if (way_ == Way::direct)
-      return tile<W>().outer({left, half_[0].b, w_.col_stride, c, c_stride, rows, width_, k_, false, apart});
+    if (way_ == Way::direct) {
+      ProductArgs<W> args{left, half_[0].b, w_.col_stride, c, c_stride, rows, width_, k_, false, apart};
+      if (next) next->set_ahead(0, k_, args);
+      return tile<W>().outer(args);
+    }
     const bool joined =
         w_.row_stride == 1 && !w_.padded && apart == kPanel && half_[0].n == kPanel;  // 64 columns in one piece
     for (int64_t k = 0; k < k_ || k == 0; k += kDepthBlock<A>) {
@@ -68,12 +75,23 @@ template <class W> class Panel {
         for (const Half& h : half_)
           if (h.n) pack({h.b + k * w_.col_stride, h.n}, depth, packed + (&h - half_) * depth * kPanel);
       const int64_t stride = joined ? width_ : kPanel, to_half = joined ? kPanel : depth * kPanel;
-      tile<A>().outer({left, packed, stride, c, c_stride, rows, width_, depth, k > 0, to_half});
+      ProductArgs<A> args{left, packed, stride, c, c_stride, rows, width_, depth, k > 0, to_half};
+      if (next) next->set_ahead(k, depth, args);
+      tile<A>().outer(args);
       left.data += depth * (left.by_column ? left.stride : 1);
     }
   }
 
  private:
+  /// Of this panel, the rows that are fetched while the elements [k, k + depth) of another are multiplied. Only memory
+  /// in one piece is worth it: rows that follow each other.
+  template <class Args> void set_ahead(int64_t k, int64_t depth, Args& args) const {
+    if (k_ == 0 || (w_.col_stride != 1 && !w_.padded)) return;
+    const int64_t row = w_.padded ? k_ : w_.row_stride, first = width_ * k / k_, last = width_ * (k + depth) / k_;
+    args.ahead = reinterpret_cast<const char*>(half_[first / kPanel].b + first % kPanel * row);
+    args.ahead_bytes = (last - first) * row * int64_t(sizeof(W));
+  }
+
   void pack(Half half, int64_t depth, A* packed) const {
     if (w_.col_stride == 1) return tile<W>().transpose(half.b, w_.row_stride, half.n, depth, packed);
     if (w_.padded) return tile<W>().widen(half.b, packed, depth * kPanel);

@@ -33,6 +33,23 @@ template <class F> void for_tasks(const Workers& workers, int64_t count, F&& f) 
   });
 }
 
+/// Calls f(worker, task, next) for every task of [0, count); next is what this worker does afterwards, or count.
+template <class F> void for_tasks_ahead(const Workers& workers, int64_t count, F&& f) {
+  struct Context {
+    std::atomic<int64_t> next{0};
+    int64_t count;
+    F* f;
+  } context;
+  context.count = count, context.f = &f;
+  const auto body = [](int32_t worker, void* p) {
+    auto& c = *static_cast<Context*>(p);
+    const auto take = [&] { return std::min(c.next.fetch_add(1, std::memory_order_relaxed), c.count); };
+    for (int64_t task = take(), next; task < c.count; task = next) (*c.f)(worker, task, next = take());
+  };
+  if (workers.count == 1 || count <= 1) return body(0, &context);
+  workers.run(workers.count, body, &context);
+}
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 /// Cuts a workspace into aligned parts; with a null base it only counts the bytes.

@@ -25,8 +25,10 @@ template <class T> struct ProductArgs {
   acc_t<T>* c;
   int64_t c_stride, m, n, k;
   bool accumulate;
-  int64_t b_half = kPanel;  // outer: from column 0 to column 32
-  bool stream = false;      // outer: c is written past the caches, where that is possible
+  int64_t b_half = kPanel;      // outer: from column 0 to column 32
+  bool stream = false;          // outer: c is written past the caches, where that is possible
+  const char* ahead = nullptr;  // outer: memory to fetch into the second-level cache meanwhile, or null
+  int64_t ahead_bytes = 0;
 };
 
 template <class T> struct Tile {

@@ -147,22 +147,25 @@ template <class A> inline const A* left_row(const Left<A>& left, int64_t m) {
   return left.data + (left.index ? int64_t(left.index[m]) : m) * left.stride;
 }
 
-// ---- dot: c[M][N] over rows that run along k
-template <class T, int M, int N, bool kPrefetch = false> void dot_tile(const ProductArgs<T>& p, int64_t m0,
-                                                                       int64_t n0) {
+// ---- dot: c[M][N] over rows that run along k. The rows of a tile stand apart, so that from tile to tile each goes on
+// where it was: as many streams from front to back, which is how memory reads fastest.
+template <class T, int M, int N> void dot_tile(const ProductArgs<T>& p, int64_t m0, int64_t n0, int64_t apart) {
   using A = acc_t<T>;
   constexpr int L = VecOf<A>::lanes;
+  // The hardware prefetcher falls behind rows of half precision: 10 -> 12 GB/s at k = 768; nothing to gain in float.
+  constexpr int64_t kPrefetch = sizeof(T) == 2 ? 512 : 0;
   const A* a[M];
   for (int m = 0; m < M; ++m) a[m] = left_row(p.left, m0 + m);
   const T* b = p.b + n0 * p.b_stride;
+  const int64_t stride = apart * p.b_stride;
   Vec<A> acc[M * N] = {};
   int64_t k = 0;
   for (; k + L <= p.k; k += L) {
     Vec<A> bv[N];
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
-      bv[n] = load(b + n * p.b_stride + k);
-      if constexpr (kPrefetch) __builtin_prefetch(b + (n + N) * p.b_stride + k, 0, 2);
+      bv[n] = load(b + n * stride + k);
+      if constexpr (kPrefetch > 0) __builtin_prefetch((const char*)(b + n * stride + k) + kPrefetch, 0, 2);
     }
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
@@ -176,50 +179,59 @@ template <class T, int M, int N, bool kPrefetch = false> void dot_tile(const Pro
   for (int m = 0; m < M; ++m)
     for (int n = 0; n < N; ++n) {
       A sum = sums[m * N + n];
-      for (int64_t i = k; i < p.k; ++i) sum += a[m][i] * A(b[n * p.b_stride + i]);
-      A* c = p.c + (m0 + m) * p.c_stride + n0 + n;
+      for (int64_t i = k; i < p.k; ++i) sum += a[m][i] * A(b[n * stride + i]);
+      A* c = p.c + (m0 + m) * p.c_stride + n0 + n * apart;
       *c = p.accumulate ? *c + sum : sum;
     }
 }
 template <class T, int M, int N> void dot_rows(const ProductArgs<T>& p, int64_t m0) {
-  int64_t n = 0;
-  // Short rows of half precision leave the hardware prefetcher behind: 13 -> 19 GB/s at k = 768, nothing to gain in
-  // float.
-  constexpr bool kPrefetch = sizeof(T) == 2 && M <= 2;
-  for (; n + N <= p.n; n += N) dot_tile<T, M, N, kPrefetch>(p, m0, n);
-  for (; n < p.n; ++n) dot_tile<T, M, 1>(p, m0, n);
+  const int64_t apart = p.n / N;
+  for (int64_t n = 0; n < apart; ++n) dot_tile<T, M, N>(p, m0, n, apart);
+  for (int64_t n = apart * N; n < p.n; ++n) dot_tile<T, M, 1>(p, m0, n, 1);
 }
 template <class T> void dot(const ProductArgs<T>& p) {
-  constexpr bool kMany = MOE_VEC_REGS == 32;
+  constexpr bool kMany = MOE_VEC_REGS == 32;  // the numbers of rows divide a panel
   int64_t m = 0;
-  for (; m + 4 <= p.m; m += 4) dot_rows<T, 4, kMany ? 6 : 2>(p, m);
-  if (p.m - m == 3) dot_rows<T, 3, kMany ? 6 : 3>(p, m);
+  for (; m + 4 <= p.m; m += 4) dot_rows<T, 4, kMany ? 4 : 2>(p, m);
+  if (p.m - m == 3) dot_rows<T, 3, kMany ? 4 : 2>(p, m);
   if (p.m - m == 2) dot_rows<T, 2, kMany ? 8 : 4>(p, m);
-  if (p.m - m == 1) dot_rows<T, 1, kMany ? 8 : 6>(p, m);
+  if (p.m - m == 1) dot_rows<T, 1, kMany ? 8 : 4>(p, m);
 }
 
 // ---- outer: c[M][V vectors] over a panel that runs along n
+/// Memory that one tile after another fetches, some bytes a step of k. More than these for each row would fill the line
+/// buffers, and the tile itself would wait: two or three bytes a cycle.
+struct Ahead {
+  const char* at;
+  int64_t step;
+};
+constexpr int64_t kAheadPerRow = MOE_VEC_BYTES / 12;
 template <class T, int M, int V, bool kByColumn>
-void outer_tile(const ProductArgs<T>& p, int64_t m0, int64_t n0) {
+void outer_tile(const ProductArgs<T>& p, int64_t m0, int64_t n0, Ahead& ahead) {
   using A = acc_t<T>;
   constexpr int L = VecOf<A>::lanes;
   const A* a[M];
   for (int m = 0; m < M; ++m) a[m] = kByColumn ? p.left.data + m0 + m : left_row(p.left, m0 + m);
   const auto column = [&](int64_t n) { return p.b + n / kPanel * p.b_half + n % kPanel; };
   const T *low = column(n0), *high = column(n0 + V / 2 * L);
+  const char* fetch = ahead.at;
+  const int64_t step = std::min<int64_t>(ahead.step, kAheadPerRow * M);
   Vec<A> acc[M][V] = {};
-  for (int64_t k = 0; k < p.k; ++k, low += p.b_stride, high += p.b_stride) {
+#pragma GCC unroll 4
+  for (int64_t k = 0; k < p.k; ++k, low += p.b_stride, high += p.b_stride, fetch += step) {
+    __builtin_prefetch(fetch, 0, 2);
     Vec<A> b[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) b[v] = load(v < V / 2 ? low + v * L : high + (v - V / 2) * L);
-    const int64_t step = kByColumn ? k * p.left.stride : k;
+    const int64_t at = kByColumn ? k * p.left.stride : k;
 #pragma GCC unroll 12
     for (int m = 0; m < M; ++m) {
-      const A av = kByColumn ? a[0][step + m] : a[m][step];
+      const A av = kByColumn ? a[0][at + m] : a[m][at];
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) acc[m][v] += av * b[v];
     }
   }
+  ahead.at = fetch;
 #pragma GCC unroll 12
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
@@ -230,18 +242,21 @@ void outer_tile(const ProductArgs<T>& p, int64_t m0, int64_t n0) {
     }
 }
 template <class T, int M, int V>
-void outer_rows(const ProductArgs<T>& p, int64_t rows, int64_t m0) {
+void outer_rows(const ProductArgs<T>& p, int64_t rows, int64_t m0, Ahead& ahead) {
   if constexpr (M > 0) {
-    if (rows != M) return outer_rows<T, M - 1, V>(p, rows, m0);
+    if (rows != M) return outer_rows<T, M - 1, V>(p, rows, m0, ahead);
     for (int64_t n = 0; n < p.n; n += V * VecOf<acc_t<T>>::lanes)
-      p.left.by_column ? outer_tile<T, M, V, true>(p, m0, n) : outer_tile<T, M, V, false>(p, m0, n);
+      p.left.by_column ? outer_tile<T, M, V, true>(p, m0, n, ahead) : outer_tile<T, M, V, false>(p, m0, n, ahead);
   }
 }
 template <class T, int M, int V> void outer_by(const ProductArgs<T>& p) {
   const int64_t blocks = (p.m + M - 1) / M;  // balanced: 16 rows are 8 + 8, not 12 + 4
+  const int64_t steps = blocks * (p.n / (V * VecOf<acc_t<T>>::lanes)) * p.k;
+  Ahead ahead{reinterpret_cast<const char*>(p.b), 0};
+  if (p.ahead && steps) ahead = {p.ahead, (p.ahead_bytes + steps - 1) / steps};
   for (int64_t i = 0; i < blocks; ++i) {
     const int64_t m0 = p.m * i / blocks;
-    outer_rows<T, M, V>(p, p.m * (i + 1) / blocks - m0, m0);
+    outer_rows<T, M, V>(p, p.m * (i + 1) / blocks - m0, m0, ahead);
   }
 }
 template <class T> void outer(const ProductArgs<T>& p) {
@@ -262,14 +277,13 @@ template <class T> void outer(const ProductArgs<T>& p) {
   if (p.stream) end_streaming();
 }
 
-// ---- transpose: 16 bytes of each row to a vector, whose 16-byte lanes are then transposed among few vectors
-template <class A> inline Vec<A> load_lanes(const char* p, int64_t stride) {  // 16 bytes from rows `stride` bytes apart
+// ---- transpose: a piece of each of a few rows to a vector; then pieces are transposed among as many vectors as they
+// have elements
+constexpr int kPiece = MOE_VEC_BYTES == 64 ? 32 : 16;                          // bytes
+template <class A> inline Vec<A> load_pieces(const char* p, int64_t stride) {  // from rows `stride` bytes apart
 #if MOE_VEC_BYTES == 64
-  __m512 v = _mm512_castps128_ps512(_mm_loadu_ps((const float*)p));
-  v = _mm512_insertf32x4(v, _mm_loadu_ps((const float*)(p + stride)), 1);
-  v = _mm512_insertf32x4(v, _mm_loadu_ps((const float*)(p + 2 * stride)), 2);
-  v = _mm512_insertf32x4(v, _mm_loadu_ps((const float*)(p + 3 * stride)), 3);
-  return bit_cast<Vec<A>>(v);
+  const __m512d v = _mm512_castpd256_pd512(_mm256_loadu_pd((const double*)p));
+  return bit_cast<Vec<A>>(_mm512_insertf64x4(v, _mm256_loadu_pd((const double*)(p + stride)), 1));
 #elif MOE_VEC_BYTES == 32
   const __m256 v = _mm256_castps128_ps256(_mm_loadu_ps((const float*)p));
   return bit_cast<Vec<A>>(_mm256_insertf128_ps(v, _mm_loadu_ps((const float*)(p + stride)), 1));
@@ -292,25 +306,25 @@ template <class T> inline void store_rows(acc_t<T>* panel, Vec<acc_t<T>> v) {
 }
 template <class T> void transpose(const T* b, int64_t b_stride, int64_t n, int64_t k, acc_t<T>* panel) {
   using A = acc_t<T>;
-  constexpr int L = VecOf<A>::lanes, Q = 16 / sizeof(A), kEach = sizeof(A) / sizeof(T);
+  constexpr int L = VecOf<A>::lanes, Q = kPiece / sizeof(A), kEach = sizeof(A) / sizeof(T);
   for (int64_t n0 = 0; n0 < kPanel; n0 += L) {
     int64_t k0 = 0;
     for (; n0 + L <= n && k0 + Q * kEach <= k; k0 += Q * kEach) {
       Vec<A> v[Q], w[Q];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int i = 0; i < Q; ++i)
-        v[i] = load_lanes<A>((const char*)(b + (n0 + i) * b_stride + k0), Q * b_stride * int64_t(sizeof(T)));
-#pragma GCC unroll 2
+        v[i] = load_pieces<A>((const char*)(b + (n0 + i) * b_stride + k0), Q * b_stride * int64_t(sizeof(T)));
+#pragma GCC unroll 3
       for (int round = 1; round < Q; round *= 2) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int i = 0; i < Q / 2; ++i) {
           w[2 * i] = shuffle_by<A, InterleaveLanes<L, Q, 0>>(v[i], v[i + Q / 2]);
           w[2 * i + 1] = shuffle_by<A, InterleaveLanes<L, Q, 1>>(v[i], v[i + Q / 2]);
         }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int i = 0; i < Q; ++i) v[i] = w[i];
       }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int i = 0; i < Q; ++i) store_rows<T>(panel + (k0 + i * kEach) * kPanel + n0, v[i]);
     }
     for (; k0 < k; ++k0)
