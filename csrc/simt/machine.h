@@ -75,7 +75,7 @@ struct Thread {
   std::deque<std::vector<CopyRef>> groups;  // committed, not waited for
   bool in_hook = false;
   bool grid_waited = false;  // griddepcontrol.wait
-  uint64_t meeting = 0;       // the last collective or barrier that it took part in; the same for all who did
+  uint64_t meeting = 0;      // the last collective or barrier that it took part in; the same for all who did
   uint64_t polled_address = 0, polled_value = 0;
   int polls = 0;
   uint32_t quiet_accesses = 0;  // since it last gave way

@@ -367,6 +367,4 @@ class Balance:
         router = Router(logit_softcap=inputs.router.logit_softcap)
         K = inputs.routing.topk_ids.shape[1]
         routing = ops.route(inputs.logits.detach(), K, padding_mask=inputs.padding_mask)
-        return Switch(self.coef, divide_by_k=False)(
-            replace(inputs, router=router, routing=routing, score_sums=None)
-        )
+        return Switch(self.coef, divide_by_k=False)(replace(inputs, router=router, routing=routing, score_sums=None))
