@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Five ways to balance experts, side by side: a byte-level language model trained on a CPU in about two minutes.
+"""Five ways to balance experts, side by side: a byte-level language model trained on a CPU within two minutes.
 
     python examples/train_char_moe.py --out char_moe.png
 

@@ -41,11 +41,13 @@ HARMLESS: dict[str, str] = {
     "csrc/cuda/sinkhorn.cuh | off by one < | for (int e = threadIdx.x; e < E; e += blockDim.x) own[e] = 1;": (
         "own[E] is the first number of the scratch behind it, which is written before it is read again."
     ),
-    "csrc/cuda/expert_choice.cuh | off by one < | for (int64_t first = int64_t(blockIdx.x) * tile.tokens; first < args.T; "
+    "csrc/cuda/expert_choice.cuh | off by one < | "
+    "for (int64_t first = int64_t(blockIdx.x) * tile.tokens; first < args.T; "
     "first += int64_t(gridDim.x) * tile.tokens) {": (
         "At first == T the tile has no tokens: no row is scored, nothing is stored, all threads meet the same barriers."
     ),
-    "csrc/cuda/expert_choice.cuh | off by one < | for (int64_t first = int64_t(blockIdx.x) * tile.tokens; first < args.T; "
+    "csrc/cuda/expert_choice.cuh | off by one < | "
+    "for (int64_t first = int64_t(blockIdx.x) * tile.tokens; first < args.T; "
     "first += int64_t(gridDim.x) * tile.tokens) { #2": (
         "At first == T the tile has no tokens: nothing is loaded or stored, all threads meet the same barriers."
     ),
