@@ -32,6 +32,13 @@ def code(value: Value) -> int:
     return zlib.crc32(value.encode()) if isinstance(value, str) else int(value)
 
 
+_PHASES = {
+    code(name): name
+    for name in ("plan", *(f"{what}{level}{way}" for what in ("dispatch", "combine") for level in ("", " rail", " node")
+                           for way in ("", " backward")))
+}  # fmt: skip
+
+
 def encode(fields: dict[str, Value], counts: Sequence[int], text: str = "") -> list[int]:
     """One record: the fields (0 where none is given), the text, and the rows for every rank."""
     raw = text.encode()[: TEXT * 8]
@@ -64,7 +71,7 @@ def judge(records: Sequence[Sequence[int]], ranks: Sequence[int], phase: str) ->
         _same(records, ranks, phase, name)
     for rank, record in zip(ranks, records):
         if field(record, "status"):
-            raise MoECommError(rank, "error", phase, text(record) or "it failed and did not say why")
+            raise MoECommError(rank, "error", _common(records, phase), text(record) or "it did not say why")
     for name in AGREED[2:]:
         _same(records, ranks, phase, name)
     for rank, record in zip(ranks, records):
@@ -80,6 +87,13 @@ def judge(records: Sequence[Sequence[int]], ranks: Sequence[int], phase: str) ->
         total = sum(counts(record)[at] for record in records)
         if total > MAX_ROWS:
             raise MoECommError(rank, "counts", phase, f"it can receive {MAX_ROWS} rows, is sent {total}")
+
+
+def _common(records: Sequence[Sequence[int]], phase: str) -> str:
+    """The phase that most of the ranks without an error are in: a rank that failed may not know it."""
+    codes = [field(record, "phase") for record in records if not field(record, "status")]
+    votes = Counter(codes or [code(phase)])
+    return _PHASES.get(max(votes, key=lambda value: (votes[value], -codes.index(value) if codes else 0)), phase)
 
 
 def _same(records: Sequence[Sequence[int]], ranks: Sequence[int], phase: str, name: str) -> None:

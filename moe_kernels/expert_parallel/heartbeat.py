@@ -37,15 +37,17 @@ class Peer:
 class Heartbeat:
     """Connects to all ranks over a store, then answers for this rank until `close`.
 
-    Ranks are positions in the group here. entered: exchanges that this rank has begun, set by the link.
+    Ranks are positions in the group here. timeouts: of an exchange, and of connecting. entered: exchanges that this
+    rank has begun, set by the link.
     """
 
-    def __init__(self, store: Any, position: int, ranks: list[int], timeout: float, host: str) -> None:
+    def __init__(self, store: Any, position: int, ranks: list[int], timeouts: tuple[float, float], host: str) -> None:
+        timeout, patience = timeouts
         self.position, self.ranks, self.entered = position, ranks, 0
         self.state, self.suspect, self.reason = BEAT, -1, "transport"
         self.interval, self.grace = min(0.5, timeout / 8), min(0.6, timeout / 4)
         self._lock, self._open = threading.Lock(), True
-        self.peers = _connect(store, position, ranks, timeout, host)
+        self.peers = _connect(store, position, ranks, patience, host)
         self._wake, self._woken = socket.socketpair()
         self._thread = threading.Thread(target=self._serve, name="moe_kernels heartbeat", daemon=True)
         self._thread.start()

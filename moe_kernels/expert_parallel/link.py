@@ -30,6 +30,8 @@ from .heartbeat import FAILED, Heartbeat, wait
 c10d: Any = dist.distributed_c10d
 
 POLL = timedelta(milliseconds=100)
+PATIENCE = 60.0
+"""seconds that ranks may come apart when they connect, where the timeout is less"""
 LINKS = ("nic", "nvlink")
 """between nodes, inside a node: the classes that bytes are counted by"""
 
@@ -71,20 +73,20 @@ class Link:
         name = "_".join(map(str, [*self.ranks, lane, _made[tuple(self.ranks)]]))
         root = c10d._get_default_store()
         store = c10d.PrefixStore(f"moe_kernels/{name}", root)
-        deadline = time.monotonic() + self.timeout
-        self.heartbeat = Heartbeat(store, self.position, self.ranks, self.timeout, _own_address(root))
+        patience = max(self.timeout, PATIENCE)
+        deadline = time.monotonic() + patience
+        self.heartbeat = Heartbeat(store, self.position, self.ranks, (self.timeout, patience), _own_address(root))
         weakref.finalize(self, self.heartbeat.close)
         _heartbeats.add(self.heartbeat)
-        limit = timedelta(seconds=self.timeout)
         try:
-            self._headers = c10d.ProcessGroupGloo(c10d.PrefixStore("headers", store), self.position, self.size, limit)
+            self._headers = self._gloo(c10d.PrefixStore("headers", store), patience)
+            rows_store = c10d.PrefixStore("rows", store)
             if self.device.type == "cuda":
                 options = c10d.ProcessGroupNCCL.Options()
-                options._timeout = limit
-                rows_store = c10d.PrefixStore("rows", store)
+                options._timeout = timedelta(seconds=self.timeout)
                 self._rows: Any = c10d.ProcessGroupNCCL(rows_store, self.position, self.size, options)
             else:
-                self._rows = c10d.ProcessGroupGloo(c10d.PrefixStore("rows", store), self.position, self.size, limit)
+                self._rows = self._gloo(rows_store, patience)
             store.set(f"ready{self.position}", "1")
             for at in range(self.size):
                 wait(store, f"ready{at}", at, self.ranks, deadline)
@@ -92,6 +94,12 @@ class Link:
             raise
         except RuntimeError as error:
             raise self._blame("connect", str(error)) from error
+
+    def _gloo(self, store: Any, patience: float) -> Any:
+        """A communicator that may take longer to connect than any exchange may take."""
+        found = c10d.ProcessGroupGloo(store, self.position, self.size, timedelta(seconds=patience))
+        found.set_timeout(timedelta(seconds=self.timeout))
+        return found
 
     @contextmanager
     def turn(self, phase: str, report: Callable[[Exception], None] | None = None) -> Iterator[None]:
