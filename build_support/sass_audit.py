@@ -237,8 +237,8 @@ def page(found: dict[str, dict[str, Kernel]], table: dict, version: str) -> str:
         f"Written by `make audit ARGS=--write` with nvcc {version}; `make audit` fails when a kernel gets worse.",
         "Read from the machine code, nothing is measured: registers and occupancy say what a multiprocessor can hold,",
         "not how fast it is. No kernel spills. Slots per HMMA: instructions of the main loop for each of its products",
-        "on tensor cores. Occupancy is of 64 warps; where it depends on E: E = 8 / 128 / 512, of decode on slots: 8 / 64 / "
-        "512.",
+        "on tensor cores. Occupancy is of 64 warps; where it depends on E: E = 8 / 128 / 512, of decode on slots: 8 / 64",
+        "/ 512.",
         "",
         "| kernel | arch | registers | instructions | global | shared | collectives | slots per HMMA | occupancy |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
