@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = (
     "route", "sum_scores", "limit_capacity", "permute", "unpermute", "expert_choice", "sinkhorn", "fused_experts",
-    "grouped_fma",
+    "grouped_fma", "grouped_gemm",
 )  # fmt: skip
 SOURCE = "".join(f'#include "cuda/{stage}.cuh"\n' for stage in STAGES)
 KERNELS = (
@@ -34,6 +34,8 @@ KERNELS = (
     "moe::cuda::weight_gradient_kernel<double>",
     "moe::cuda::grouped_fma_kernel<float, 2>",
     "moe::cuda::grouped_fma_kernel<moe::f16, 1>",
+    "moe::cuda::grouped_rows_kernel<moe::bf16, 3, true>",
+    "moe::cuda::grouped_rows_kernel<float, 2, false>",
 )
 
 
