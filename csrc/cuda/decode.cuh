@@ -25,7 +25,7 @@ MOE_DEVICE uint4 load16(const void* p, bool there) {
 template <class T, int M, int N>
 MOE_DEVICE void stream(float (&sum)[M][N][4], const T* const (&weight)[M][2], const T* const (&token)[N], int64_t K,
                        int part) {
-  constexpr int ahead = N == 1 ? 4 : 2, step = ahead * 32;  // all loads of a step are in flight together
+  constexpr int ahead = N > 1 ? 2 : M > 1 ? 3 : 4, step = ahead * 32;  // all loads of a step are in flight together
   for (int64_t k = int64_t(part) * step; k < K; k += kDecodeWarps * step) {
     uint4 w[ahead][M][2];
 #pragma unroll
