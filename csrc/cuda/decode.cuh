@@ -4,7 +4,7 @@
 //   a lane holds k .. k + 7 of its weight row and of its token. The sum runs over k in any order, so the four pairs in
 //   those 16 bytes are handed to two products as they lie: no shared memory, no ldmatrix.
 // The eight warps of a block each take an eighth of k, in one fixed pattern; their sums are added in the order of the
-// warps. What a token gets therefore does not depend on the tokens beside it.
+// warps. What a token gets does not depend on the tokens beside it, only on whether they are more than eight.
 #pragma once
 #include "decode.h"
 #include "expert_rows.cuh"
