@@ -9,7 +9,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = "".join(
-    f'#include "cuda/{stage}.cuh"\n' for stage in ("route", "permute", "unpermute", "fused_experts", "grouped_fma")
+    f'#include "cuda/{stage}.cuh"\n'
+    for stage in ("route", "permute", "unpermute", "fused_experts", "grouped_fma", "grouped_gemm")
 )
 KERNELS = (
     "moe::cuda::route_kernel<moe::bf16>",
@@ -23,6 +24,8 @@ KERNELS = (
     "moe::cuda::weight_gradient_kernel<double>",
     "moe::cuda::grouped_fma_kernel<float, 2>",
     "moe::cuda::grouped_fma_kernel<moe::f16, 1>",
+    "moe::cuda::grouped_rows_kernel<moe::bf16, 3, true>",
+    "moe::cuda::grouped_rows_kernel<float, 2, false>",
 )
 
 

@@ -11,6 +11,14 @@ cudaError_t grouped_rows_bf16(int row, const GroupedRows&, cudaStream_t);
 cudaError_t grouped_rows_f16(int row, const GroupedRows&, cudaStream_t);
 cudaError_t grouped_rows_tf32(int row, const GroupedRows&, cudaStream_t);
 
+/// A block clears rows until none is left; 16 bytes a thread where the rows begin and end so.
+template <class V> MOE_KERNEL __launch_bounds__(256)
+    zero_rows_kernel(const int32_t* ends, int64_t E, int64_t S, V* out, int64_t vectors) {
+  const int64_t used = E ? max(ends[E - 1], 0) : 0;
+  for (int64_t r = used + int64_t(blockIdx.x); r < S; r += gridDim.x)
+    for (int64_t i = threadIdx.x; i < vectors; i += blockDim.x) out[r * vectors + i] = V{};
+}
+
 namespace {
 
 /// The current device as choose_config wants it.
@@ -43,14 +51,6 @@ bool in_16_bytes(const GroupedRows& g) {
 }
 
 ProductShape shape_of(const GroupedRows& g) { return {g.E, g.S, g.N, g.K, g.dtype, g.allow_tf32, in_16_bytes(g)}; }
-
-/// A block clears rows until none is left; 16 bytes a thread where the rows begin and end so.
-template <class V> MOE_KERNEL __launch_bounds__(256)
-    zero_rows_kernel(const int32_t* ends, int64_t E, int64_t S, V* out, int64_t vectors) {
-  const int64_t used = E ? max(ends[E - 1], 0) : 0;
-  for (int64_t r = used + int64_t(blockIdx.x); r < S; r += gridDim.x)
-    for (int64_t i = threadIdx.x; i < vectors; i += blockDim.x) out[r * vectors + i] = V{};
-}
 
 template <class V> cudaError_t zero_rows(const int32_t* ends, int64_t E, int64_t S, void* out, int64_t bytes,
                                          cudaStream_t stream) {

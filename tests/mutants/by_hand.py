@@ -155,7 +155,7 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "csrc/cuda/grouped_gemm.cuh": [
         ("swizzle left out", "row * kSlice + (chunk ^ turn) * 16", "row * kSlice + chunk * 16"),
-        ("swizzle of too few rows", "sizeof(T) == 2 ? k % 8", "sizeof(T) == 2 ? k % 4"),
+        ("swizzle of too few rows", "sizeof(T) == 2 ? k % 8 : k % 4 * 2", "sizeof(T) == 2 ? k % 4 : 0"),
         (
             "column tile of the neighbour",
             "int64_t(tile.column_tile) * S::columns + b",
@@ -169,18 +169,18 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
         ("slot for token", "slot / int32_t(g.per_token)", "slot / 1"),
         (
             "wrong half of A's fragment",
-            "warp_m * S::warp_rows + lane % 16, lane / 16",
-            "warp_m * S::warp_rows + lane % 16, 1 - lane / 16",
+            "along_sum<S::slice>(warp_m * S::warp_rows + lane % 16, lane / 16)",
+            "along_sum<S::slice>(warp_m * S::warp_rows + lane % 16, 1 - lane / 16)",
         ),
         (
             "wrong half of B's fragment",
-            "column + lane / 16 * 8 + lane % 8, lane / 8 % 2",
-            "column + lane / 8 % 2 * 8 + lane % 8, lane / 16",
+            "along_sum<S::slice>(column + lane / 16 * 8 + lane % 8, lane / 8 % 2)",
+            "along_sum<S::slice>(column + lane / 8 % 2 * 8 + lane % 8, lane / 16)",
         ),
         (
             "wrong half of a turned fragment",
-            "lane % 16, column / 8 + lane / 16",
-            "lane % 8 + lane / 16 * 8, column / 8 + lane / 8 % 2",
+            "along_columns<T, S::columns>(lane % 16, column / 8 + lane / 16)",
+            "along_columns<T, S::columns>(lane % 8 + lane / 16 * 8, column / 8 + lane / 8 % 2)",
         ),
         (
             "the ring is read past its end",
