@@ -155,7 +155,7 @@ def test_every_schedule_gives_the_same_bits(seed):
 
 
 def test_a_token_does_not_see_the_tokens_beside_it():
-    """The same bits alone and in a batch: the order of its sums depends on nothing but the sizes."""
+    """The same bits alone and among eight: the order of its sums depends on nothing but the sizes."""
     case = make_case(8, 392, 264, 6, 3, dtype=torch.bfloat16, bias=True, seed=5)
     together = decode(case)
     for t in range(8):

@@ -4,7 +4,7 @@
 //   a lane holds k .. k + 7 of its weight row and of its token. The sum runs over k in any order, so the four pairs in
 //   those 16 bytes are handed to two products as they lie: no shared memory, no ldmatrix.
 // The eight warps of a block each take an eighth of k, in one fixed pattern; their sums are added in the order of the
-// warps. What a token gets therefore does not depend on the tokens beside it.
+// warps. What a token gets does not depend on the tokens beside it, only on whether they are more than eight.
 #pragma once
 #include "decode.h"
 #include "expert_rows.cuh"
@@ -25,7 +25,7 @@ MOE_DEVICE uint4 load16(const void* p, bool there) {
 template <class T, int M, int N>
 MOE_DEVICE void stream(float (&sum)[M][N][4], const T* const (&weight)[M][2], const T* const (&token)[N], int64_t K,
                        int part) {
-  constexpr int ahead = N == 1 ? 4 : 2, step = ahead * 32;  // all loads of a step are in flight together
+  constexpr int ahead = N > 1 ? 2 : M > 1 ? 3 : 4, step = ahead * 32;  // all loads of a step are in flight together
   for (int64_t k = int64_t(part) * step; k < K; k += kDecodeWarps * step) {
     uint4 w[ahead][M][2];
 #pragma unroll
