@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from peers import ACTIVATIONS, Layer
 from shapes import Shape
 
+Check = Callable[[Layer], float]  # the error of a layer
 SAMPLES = 6  # rows, drawn at random, whose value is computed in float64
 ROUNDINGS = 8  # to the dtype of the tensors, on the way of one element: more than any side has
 
@@ -88,33 +89,40 @@ def rows_in_float64(
     return torch.stack(rows)
 
 
-def forward_error(shape: Shape, layer: Layer, w13: torch.Tensor, w2: torch.Tensor, inputs: Sequence[Any]) -> float:
-    """Of SAMPLES random rows of the output."""
+def forward_check(shape: Shape, w13: torch.Tensor, w2: torch.Tensor, inputs: Sequence[Any]) -> Check:
+    """Of SAMPLES random rows of the output; their float64 is computed once for all layers."""
     x, ids, weights = inputs
+    some = torch.randperm(len(x))[:SAMPLES]
     with torch.no_grad():
-        y = layer(x, ids, weights)
-        some = torch.randperm(len(x))[:SAMPLES]
-        return relative_error(
-            y[some], rows_in_float64(shape, w13, w2, x[some].double(), ids[some], weights[some].double())
-        )
+        wanted = rows_in_float64(shape, w13, w2, x[some].double(), ids[some], weights[some].double())
+
+    def error(layer: Layer) -> float:
+        with torch.no_grad():
+            return relative_error(layer(x, ids, weights)[some], wanted)
+
+    return error
 
 
-def training_error(shape: Shape, layer: Layer, w13: torch.Tensor, w2: torch.Tensor, inputs: Sequence[Any]) -> float:
-    """The largest of: d x of SAMPLES random rows, d w13 and d w2 of one expert."""
+def training_check(shape: Shape, w13: torch.Tensor, w2: torch.Tensor, inputs: Sequence[Any]) -> Check:
+    """The largest error of: d x of SAMPLES random rows, d w13 and d w2 of one expert."""
     x, ids, weights = inputs[0].detach().requires_grad_(), inputs[1], inputs[2].detach().requires_grad_()
     grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(5)).to(x.dtype)
-    w13.grad = w2.grad = None
-    layer(x, ids, weights).backward(grad)
     some = torch.randperm(len(x))[:SAMPLES]
     x64 = x[some].detach().double().requires_grad_()
     y64 = rows_in_float64(shape, w13.detach(), w2.detach(), x64, ids[some], weights[some].detach().double())
     y64.backward(grad[some].double())
-    errors = [relative_error(x.grad[some], x64.grad)]
     e = int(ids[0, 0])
     token, k = (ids == e).nonzero(as_tuple=True)
     w13_64, w2_64 = (w[e].detach().double().requires_grad_() for w in (w13, w2))
     rows = _mlp(shape, x[token].detach().double(), w13_64, w2_64) * weights[token, k, None].detach().double()
     rows.backward(grad[token].double())
-    errors += [relative_error(w13.grad[e], w13_64.grad), relative_error(w2.grad[e], w2_64.grad)]
-    w13.grad = w2.grad = None
-    return max(errors)
+
+    def error(layer: Layer) -> float:
+        x.grad = weights.grad = w13.grad = w2.grad = None
+        layer(x, ids, weights).backward(grad)
+        found = [(x.grad[some], x64.grad), (w13.grad[e], w13_64.grad), (w2.grad[e], w2_64.grad)]
+        errors = [relative_error(ours, wanted) for ours, wanted in found]
+        w13.grad = w2.grad = None
+        return max(errors)
+
+    return error
