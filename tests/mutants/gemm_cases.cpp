@@ -18,7 +18,7 @@ constexpr int kRows64 = 0, kRows16 = 1;  // rows of the smaller table
 struct Shape {
   cuda::Epilogue kind;
   int row, units, K;  // units: columns of D, or hidden units
-  bool gated, interleaved, along_columns, on_input;
+  bool gated = false, interleaved = false, along_columns = false, on_input = false;
 };
 
 /// Ends of three experts, the second one without rows; two rows belong to nobody.
