@@ -2,16 +2,14 @@
 // A grouped product on tensor cores, sm_80 and newer: cp.async into a ring of stages, ldmatrix, mma.sync. One block
 // computes one tile of D and ends.
 //
-//   find_tile       which expert, rows and columns                                              (tile_scheduler.cuh)
-//   multiply        all threads copy slice s + stages - 1 while their warps multiply slice s. Registers hold the
-//   operands
-//                   of two steps: while one is multiplied the next one is on its way from shared memory.
-//   finish_tile     a warp passes its sums through shared memory, 16 rows at a time, so that a thread then holds
-//                   neighbouring columns of one row, gate and up of a unit among them            (grouped_epilogue.cuh)
+//   find_tile     which expert, rows and columns (tile_scheduler.cuh)
+//   multiply      all threads copy slice s + stages - 1 while their warps multiply slice s. Registers hold the operands
+//                 of two steps: while one is multiplied the next one is on its way from shared memory.
+//   finish_tile   a warp passes its sums through shared memory, 16 rows at a time, so that a thread then holds
+//                 neighbouring columns of one row, gate and up of a unit among them (grouped_epilogue.cuh)
 //
-// Shared memory is in chunks of 16 bytes. The chunks of a row are permuted by the row (swizzle), so that the eight
-// chunks that one pass of ldmatrix reads, a column of rows, lie in different banks, and so do those that cp.async
-// writes.
+// Shared memory is in chunks of 16 bytes. The chunks of a row are permuted by the row (swizzle), so that eight chunks
+// of one column, as a pass of ldmatrix reads them, lie in different banks, and so do those that cp.async writes.
 #pragma once
 #include "grouped_epilogue.cuh"
 #include "grouped_gemm_config.h"

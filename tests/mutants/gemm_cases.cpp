@@ -18,12 +18,12 @@ constexpr int kRows64 = 0, kRows16 = 1;  // rows of the smaller table
 struct Shape {
   cuda::Epilogue kind;
   int row, units, K;  // units: columns of D, or hidden units
-  bool gated, interleaved, along_columns, on_input;
+  bool gated = false, interleaved = false, along_columns = false, on_input = false;
 };
 
 /// Ends of three experts, the second one without rows; two rows belong to nobody.
-const std::vector<int32_t> kEnds = {3, 3, 19};
-constexpr int kSlots = 21, kTokens = 7, kPad = 8;
+const std::vector<int32_t> kEnds = {3, 3, 40};
+constexpr int kSlots = 42, kTokens = 14, kPad = 8;
 
 std::vector<bf16> padded(int rows, int width, uint32_t seed) {  // NaN behind every row
   std::vector<bf16> values = numbers<bf16>(size_t(rows) * (width + kPad), seed);
@@ -44,7 +44,7 @@ std::string run(const Shape& s) {
     test::Device<float> weights(numbers<float>(kSlots, 5)), mask(numbers<float>(size_t(kSlots) * I, 6));
     test::Device<float> parts(size_t(kSlots) * ((I + 31) / 32));
     std::vector<int32_t> slot_of(kSlots);
-    for (int r = 0; r < kSlots; ++r) slot_of[size_t(r)] = (r * 8 + 3) % kSlots;
+    for (int r = 0; r < kSlots; ++r) slot_of[size_t(r)] = (r * 11 + 3) % kSlots;
     if (plain) slot_of[6] = -1;
     test::Device<int32_t> slots(slot_of), ends(kEnds);
     cuda::GroupedRows g{};

@@ -46,7 +46,7 @@ WAIT_GROUP = re.compile(r"\bcp_async_wait_group<([^<>()]+|\([^()]*\))>\(\)")
 # A tail test compares with something that bounds the data: a count, a size, an end, a field of the arguments.
 BOUND = re.compile(
     r"(?<=[\w\])]) (<|>=) (?=(?:args\.[A-Z_a-z]+|tile\.\w+|count|counts?_|size|end|n|bins|steps|rounds|width|vectors|"
-    r"tiles|warps?|tokens|head|slices|left|E|K|T|P|S|H|G|kDepth)\b(?!\())"
+    r"tiles|warps?|tokens|head|slices|left|E|K|T|P|S|H|G|kDepth)\b(?!\(|::))"
 )
 
 

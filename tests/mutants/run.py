@@ -98,7 +98,7 @@ def planted(subject: str) -> tuple[Path, list[generate.Fault]]:
     mutated, sources = SUBJECTS[subject]
     for file in mutated:
         edits = by_hand.FAULTS.get(file, [])
-        text, new = generate.plant(file, (ROOT / file).read_text(), edits, len(faults))
+        text, new = generate.plant(file, (ROOT / file).read_text(), edits, faults[-1].number + 1 if faults else 0)
         faults += new
         depth = "../" * file.count("/")
         text = f'#include "{depth}tests/mutants/faults.h"\n#line 1 "{file}"\n{text}'
