@@ -231,16 +231,11 @@ def expert_choice(
 class Balanced(NamedTuple):
     """What `sinkhorn` returns."""
 
-    topk_weights: Tensor
-    """acc [T, K] sigmoid of the logit for K = 1, softmax over all logits for more"""
-    topk_ids: Tensor
-    """int32 [T, K] the best experts of the plan, best first, -1 for what is not a token"""
-    tokens_per_expert: Tensor
-    """int32 [E]"""
-    plan: Tensor
-    """acc [T, E], its rows sum to 1/T and its columns to 1/E"""
-    iterations: Tensor
-    """int32 [1]"""
+    topk_weights: Tensor  # acc [T, K] sigmoid of the logit for K = 1, softmax over all logits for more
+    topk_ids: Tensor  # int32 [T, K] the best experts of the plan, best first, -1 for what is not a token
+    tokens_per_expert: Tensor  # int32 [E]
+    plan: Tensor  # acc [T, E], its rows sum to 1/T and its columns to 1/E
+    iterations: Tensor  # int32 [1]
 
 
 def sinkhorn(

@@ -159,6 +159,8 @@ def call_everything(dtype: torch.dtype) -> set[str]:
         packed = mk.pack_experts(case.w13, case.w2)
         mk.fused_experts(case.x, packed, None, case.topk_weights, case.topk_ids)
         mk.limit_capacity(case.topk_ids, E, 2)
+        expert_choice.choose(logits, 2, 9)
+        assignment.balance(logits, 2)
     return seen.ops
 
 
