@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 TORCHES ?=
 BACKEND ?=
 # The disassembler writes what the audit reads, so its version is pinned.
-SASS_TOOLS := nvidia-cuda-cuobjdump==13.5.37 nvidia-cuda-nvdisasm==13.5.37 nvidia-cuda-nvrtc==13.5.37 ninja
+SASS_TOOLS := nvidia-cuda-cuobjdump==13.5.37 nvidia-cuda-nvdisasm==13.5.37 nvidia-cuda-nvrtc==13.5.37 ninja pybind11 "setuptools>=77"
 
 VENV := .venv
 BIN := $(VENV)/bin

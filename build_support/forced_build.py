@@ -24,14 +24,14 @@ SKIPPED = 77
 CHECK = """
 import torch
 import moe_kernels as mk
-from moe_kernels import _build, reference
+from moe_kernels import _build, ops, reference
 
 info = _build.info()
 assert _build.ops_loaded and not _build.reason, _build.reason
 assert info["library"].startswith({lib!r}), info["library"]
 assert info["cuda"] and "MOE_KERNELS_CUDA=1" in info["cuda_reason"], info["cuda_reason"]
 for op in ("route", "route_backward", "expert_choice", "sinkhorn", "permute", "unpermute_backward"):
-    assert mk.backend_of(op, "cuda")[0] == "cuda kernel", mk.backend_of(op, "cuda")
+    assert ops.backend_of(op, "cuda")[0] == "cuda kernel", ops.backend_of(op, "cuda")
 torch.manual_seed(0)
 layer = mk.MoELayer(16, 24, 8, 2)
 x = torch.randn(12, 16, requires_grad=True)
