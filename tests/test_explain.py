@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import moe_kernels as mk
 from moe_kernels import _build
 from moe_kernels.explain import explain
+from moe_kernels.routers import assignment, expert_choice
 from moe_kernels.schemas import DTYPES, SCHEMAS
 from moe_kernels.testing import make_case
 
