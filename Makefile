@@ -22,9 +22,9 @@ PYTHON_FILES := setup.py build_support moe_kernels tests bench examples
 demo: $(VENV)/demo.stamp
 	@$(BIN)/moe-kernels demo
 
-# From tests/, so that the installed package is tested and not the checkout beside it.
+# From tests/, so that the installed package is tested and not the checkout beside it; a file at a time on two processes.
 test: $(VENV)/test.stamp
-	cd tests && MOE_KERNELS_STRICT=1 ../$(BIN)/python -m pytest $(ARGS)
+	cd tests && MOE_KERNELS_STRICT=1 ../$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 # The peers are extras: one that does not install here is left out, and the report says so.
 bench: $(VENV)/test.stamp
@@ -86,9 +86,11 @@ clean:
 # The CUDA kernels and the emulator itself, executed on this processor under the race detector; then the proof that the
 # emulator would have noticed: faults planted in every kernel. ARGS="--third 1 -v", ARGS=route ...
 simt: $(VENV)/test.stamp
-	cd tests && MOE_KERNELS_STRICT=1 ../$(BIN)/python -m pytest -k "simt or cuda_kernels" $(ARGS) \
-	  test_simt.py test_simt_hw.py test_cuda_kernels.py test_route.py test_permute.py test_unpermute.py \
-	  test_expert_choice.py test_sinkhorn.py test_routers_simt.py
+	cd tests && MOE_KERNELS_STRICT=1 ../$(BIN)/python -m pytest -n 2 --dist loadfile -k "simt or cuda_" $(ARGS) \
+	  test_simt.py test_simt_hw.py test_cuda_kernels.py test_cuda_gemm.py test_cuda_gemm_choice.py test_cuda_wgrad.py \
+	  test_cuda_decode.py test_cuda_experts.py test_route.py test_route_sums.py test_sum_scores.py \
+	  test_limit_capacity.py test_permute.py test_unpermute.py test_grouped_gemm.py test_expert_choice.py \
+	  test_sinkhorn.py test_routers_simt.py
 
 mutants: $(VENV)/test.stamp
 	$(BIN)/python tests/mutants/run.py $(ARGS)

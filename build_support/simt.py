@@ -9,6 +9,7 @@ emulator's own race detector.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shlex
 import subprocess
@@ -58,9 +59,11 @@ def build() -> Path:
     text += f"rule link\n  command = {cxx} -shared $in -o $out {libraries} -ltorch_cpu -ldl -lpthread\n"
     text += f"build _simt.so: link {' '.join(objects)}\n"
     BUILD.mkdir(parents=True, exist_ok=True)
-    (BUILD / "build.ninja").write_text(text)
     jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-    done = subprocess.run([ninja(), "-C", str(BUILD), *jobs], capture_output=True, text=True, check=False)
+    with (BUILD / "lock").open("w") as lock:  # tests run in several processes
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (BUILD / "build.ninja").write_text(text)
+        done = subprocess.run([ninja(), "-C", str(BUILD), *jobs], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"the emulator's library was not built:\n{done.stdout[-4000:]}{done.stderr}")
     return BUILD / "_simt.so"

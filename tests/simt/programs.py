@@ -51,11 +51,11 @@ def build(name: str, sources: Sequence[Path], *, flags: str = "", link_flags: st
         text += f"build {objects[-1]}: {source.suffix.lstrip('.')} {source}\n"
     text += f"rule link\n  command = {cxx} {link_flags} $in -o $out -ldl -lpthread\n"
     text += f"build {name}: link {' '.join(objects)}\n"
-    (out / f"{name}.ninja").write_text(text)
     jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
     command = [build_simt.ninja(), "-C", str(out), "-f", f"{name}.ninja", *jobs]
     with (out / "lock").open("w") as lock:  # programs share the emulator's objects
         fcntl.flock(lock, fcntl.LOCK_EX)
+        (out / f"{name}.ninja").write_text(text)
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{name} was not built:\n{done.stdout[-6000:]}{done.stderr}")
