@@ -254,6 +254,7 @@ template <class S> MOE_DEVICE void multiply_step(const Operands<S>& x, Sums<S>& 
     for (int n = 0; n < S::n8; ++n) multiply_add<typename S::T>(sum[m][n], x.a[m], x.b[n]);
 }
 
+/// Behind the barrier before its last step nobody reads a stage any more.
 template <class S, bool kAlongColumns> MOE_DEVICE void multiply(const GroupedRows& g, const OutputTile& tile,
                                                                 uint32_t shared, Sums<S>& sum) {
   const int slices = int((g.K + S::elements - 1) / S::elements);
@@ -396,7 +397,6 @@ template <class T, int kRow, bool kAlongColumns> MOE_KERNEL __launch_bounds__(kT
   const uint32_t shared = cvta_to_shared(memory);
   float sum[S::m16][S::n8][4] = {};
   if (g.K > 0) multiply<S, kAlongColumns>(g, tile, shared, sum);
-  __syncthreads();  // other warps may still read the last stage
   finish_tile<S>(g, tile, shared, sum);
 }
 

@@ -202,11 +202,7 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "csrc/cuda/tile_scheduler.cuh": [
         ("ends that are not clamped", "int32_t(min(max(end, int64_t(0)), S))", "int32_t(end)"),
-        (
-            "tile of the expert before",
-            "wanted >= mine && wanted < mine + x.tiles_in_all",
-            "wanted > mine && wanted <= mine + x.tiles_in_all",
-        ),
+        ("first row of a tile too early", "row = x.begin[i], end", "row = x.begin[i] - 1, end"),
         ("m-tiles rounded down", "x.begin[i + 1] - x.begin[i] + kTileRows - 1", "x.begin[i + 1] - x.begin[i]"),
         ("first row off by one", "row + row_tile * kTileRows", "row + row_tile * kTileRows + 1"),
         ("column tile off by one", "int32_t(turn / in_group)", "int32_t((turn + 1) / in_group)"),

@@ -15,15 +15,17 @@ namespace {
 
 constexpr int kRows64 = 0, kRows16 = 1;  // rows of the smaller table
 
+/// Ends of three experts, the second one without rows; two rows belong to nobody.
+const std::vector<int32_t> kEnds = {3, 3, 40};
+const std::vector<int32_t> kHostileEnds = {-7, 60, 20};  // no rows, all there are, none
+constexpr int kSlots = 42, kTokens = 14, kPad = 8;
+
 struct Shape {
   cuda::Epilogue kind;
   int row, units, K;  // units: columns of D, or hidden units
   bool gated = false, interleaved = false, along_columns = false, on_input = false;
+  const std::vector<int32_t>& ends = kEnds;
 };
-
-/// Ends of three experts, the second one without rows; two rows belong to nobody.
-const std::vector<int32_t> kEnds = {3, 3, 40};
-constexpr int kSlots = 42, kTokens = 14, kPad = 8;
 
 std::vector<bf16> padded(int rows, int width, uint32_t seed) {  // NaN behind every row
   std::vector<bf16> values = numbers<bf16>(size_t(rows) * (width + kPad), seed);
@@ -35,7 +37,7 @@ std::vector<bf16> padded(int rows, int width, uint32_t seed) {  // NaN behind ev
 std::string run(const Shape& s) {
   return compare([&](Outputs& out) {
     const bool backward = s.kind == cuda::Epilogue::activation_backward, plain = s.kind == cuda::Epilogue::plain;
-    const int E = int(kEnds.size()), I = s.units, width = s.gated ? 2 * I : I, N = plain || backward ? I : width;
+    const int E = int(s.ends.size()), I = s.units, width = s.gated ? 2 * I : I, N = plain || backward ? I : width;
     const int pitch = (s.along_columns ? N : s.K) + kPad, lines = s.along_columns ? s.K : N;
     test::Device<bf16> a(padded(kTokens, s.K, 1)), b(padded(E * lines, pitch - kPad, 2));
     test::Device<bf16> bias(numbers<bf16>(size_t(E) * width, 3)), saved(numbers<bf16>(size_t(kSlots) * width, 4));
@@ -46,7 +48,7 @@ std::string run(const Shape& s) {
     std::vector<int32_t> slot_of(kSlots);
     for (int r = 0; r < kSlots; ++r) slot_of[size_t(r)] = (r * 11 + 3) % kSlots;
     if (plain) slot_of[6] = -1;
-    test::Device<int32_t> slots(slot_of), ends(kEnds);
+    test::Device<int32_t> slots(slot_of), ends(s.ends);
     cuda::GroupedRows g{};
     g.E = E, g.S = kSlots, g.N = N, g.K = s.K, g.dtype = DType::bf16, g.a = raw(a), g.a_stride = s.K + kPad;
     g.gather = raw(slots), g.per_token = kSlots / kTokens, g.ends = raw(ends);
@@ -68,6 +70,9 @@ std::string run(const Shape& s) {
 }  // namespace
 
 MOE_CASE(plain_rows) { return run({cuda::Epilogue::plain, kRows16, 132, 328}); }
+MOE_CASE(hostile_ends) {
+  return run({cuda::Epilogue::plain, kRows16, 40, 40, false, false, false, false, kHostileEnds});
+}
 MOE_CASE(gated) { return run({cuda::Epilogue::activation, kRows16, 24, 64, true}); }
 MOE_CASE(gated_in_pairs) { return run({cuda::Epilogue::activation, kRows64, 40, 216, true, true, true}); }
 MOE_CASE(backward) { return run({cuda::Epilogue::activation_backward, kRows64, 70, 40, true, true, false, true}); }

@@ -18,6 +18,12 @@ HARMLESS: dict[str, str] = {
     "for (int64_t base = int64_t(blockIdx.y) * kWarp * kRowVectors; base < vectors;": (
         "At base == vectors every lane's `at < vectors` is false, for the load and for the store. A wasted turn."
     ),
+    "csrc/cuda/tile_scheduler.cuh | off by one < | const int64_t used = E < S ? E : S;": (
+        "At E == S both are the same number."
+    ),
+    "csrc/cuda/tile_scheduler.cuh | off by one < | for (int64_t base = 0; base < E; base += kWarp * kExpertsALane) {": (
+        "At base == E no lane has an expert below E: none has rows, no lane owns the tile. A wasted turn."
+    ),
     "csrc/cuda/unpermute.cuh | off by one < | for (int64_t base = int64_t(blockIdx.y) * kWarp * N; base < args.H; "
     "base += int64_t(gridDim.y) * kWarp * N) {": (
         "At base == H no lane is inside: nothing is loaded or stored. A wasted turn."
