@@ -71,7 +71,6 @@ template <class A> struct Math {
   /// only -inf is left. values is used up and needs room for whole vectors.
   int64_t (*top_k)(A* values, int64_t count, int64_t k, int32_t* best);
   A (*dot)(const A*, const A*, int64_t count);
-  A (*row_dot)(const A*, const A*, int64_t count);         // in the order of a row in csrc/sinkhorn.h, at any level
   void (*axpy)(A scale, const A* x, A* y, int64_t count);  // y += scale * x
   /// panel [count][kPanel], a token a column: its softmax over the rows, in place; a column of -inf becomes 0.
   void (*softmax_panel)(A* panel, int64_t count);

@@ -160,8 +160,9 @@ def judge(program: Path, fault: generate.Fault) -> Verdict:
     return Verdict(fault, len(caught), len(seeds), report, audit)
 
 
-def report(verdicts: list[Verdict], *, verbose: bool) -> int:
-    """Prints what stands out; returns how many faults are neither caught nor proved harmless."""
+def report(verdicts: list[Verdict], *, whole: bool, verbose: bool) -> int:
+    """Prints what stands out; returns how many faults are neither caught nor proved harmless, and how many proofs are
+    of no use. whole: all faults of their files are here."""
     open_, harmless, used = 0, 0, set[str]()
     for verdict in verdicts:
         proof = survivors.HARMLESS.get(verdict.fault.key)
@@ -176,9 +177,9 @@ def report(verdicts: list[Verdict], *, verbose: bool) -> int:
             print(
                 f"{verdict.kind} {verdict.caught}/{verdict.runs} {verdict.fault}\n    {verdict.audit or verdict.report}"
             )
-    files = {verdict.fault.file for verdict in verdicts}
+    keys, files = {verdict.fault.key for verdict in verdicts}, {verdict.fault.file for verdict in verdicts}
     for key in survivors.HARMLESS:
-        if key not in used and key.split(" | ")[0] in files:
+        if key not in used and (key in keys or whole and key.split(" | ")[0] in files):
             print(f"survivors.py proves harmless what is caught or gone: {key}")
             open_ += 1
     kinds = [verdict.kind for verdict in verdicts]
@@ -213,7 +214,7 @@ def main() -> int:
             print(
                 f"{subject}: {len(faults)} faults, built in {built - begin:.0f} s, ran {time.monotonic() - built:.0f} s"
             )
-    return report(verdicts, verbose=options.verbose) if verdicts else 0
+    return report(verdicts, whole=options.third is None, verbose=options.verbose) if verdicts else 0
 
 
 if __name__ == "__main__":
