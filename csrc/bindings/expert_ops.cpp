@@ -1,13 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The expert MLP as ops: fused_experts with its backward, and on CPUs its packed form for inference. Compiled once a
 // backend, as ops.cpp.
-#if defined(MOE_SIMT)
-#include "simt_backend.h"
-#elif defined(MOE_CUDA_OPS)
-#include "cuda_backend.h"
-#else
-#include "cpu_backend.h"
-#endif
+#include "backend.h"
 
 namespace moe::binding {
 namespace {

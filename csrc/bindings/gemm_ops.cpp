@@ -1,12 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // grouped_gemm as an op. Compiled once a backend, as ops.cpp.
-#if defined(MOE_SIMT)
-#include "simt_backend.h"
-#elif defined(MOE_CUDA_OPS)
-#include "cuda_backend.h"
-#else
-#include "cpu_backend.h"
-#endif
+#include "backend.h"
 
 namespace moe::binding {
 namespace {

@@ -2,13 +2,7 @@
 // The stages as ops: checks, allocation, structs; no kernel code. The schemas stand in moe_kernels/schemas.py.
 // Compiled once a backend, which is a set of functions run(tensor, args): cuda_ops.cpp includes this file for CUDA
 // tensors, and built with MOE_SIMT it becomes the CUDA kernels on the emulator, in a namespace of their own.
-#if defined(MOE_SIMT)
-#include "simt_backend.h"
-#elif defined(MOE_CUDA_OPS)
-#include "cuda_backend.h"
-#else
-#include "cpu_backend.h"
-#endif
+#include "backend.h"
 
 namespace moe::binding {
 namespace {
