@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import subprocess
 import sys
@@ -58,7 +59,7 @@ def test_a_wrong_layer_ends_with_1(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         return right(*arguments) * 1.01
 
     monkeypatch.setattr(hf, "experts_forward", wrong)
-    registry = sys.modules[hf.MOE_MODULE].ALL_EXPERTS_FUNCTIONS
+    registry = importlib.import_module(hf.MOE_MODULE).ALL_EXPERTS_FUNCTIONS
     registry.register(hf.NAME, wrong)
     try:
         assert demo.run(quick=True, out=str(tmp_path), parts=("families", "training")) == 1
@@ -73,7 +74,7 @@ def test_full_size_layers_notice_a_wrong_result() -> None:
     module = full_size.experts_module(TINY_LAYER)
     fine = full_size.compare(TINY_LAYER, module, 8, rounds=3, budget=5.0)
     assert fine["ok"] and 0 < fine["error"] <= fine["bound"]
-    registry = sys.modules[hf.MOE_MODULE].ALL_EXPERTS_FUNCTIONS
+    registry = importlib.import_module(hf.MOE_MODULE).ALL_EXPERTS_FUNCTIONS
     registry.register(hf.NAME, lambda *arguments: hf.experts_forward(*arguments) * (1 + 4 * fine["bound"]))
     try:
         assert not full_size.compare(TINY_LAYER, module, 8, rounds=3, budget=5.0)["ok"]
