@@ -179,7 +179,7 @@ def report(verdicts: list[Verdict], *, whole: bool, verbose: bool) -> int:
             )
     keys, files = {verdict.fault.key for verdict in verdicts}, {verdict.fault.file for verdict in verdicts}
     for key in survivors.HARMLESS:
-        if key not in used and (key in keys or whole and key.split(" | ")[0] in files):
+        if key not in used and (key in keys or (whole and key.split(" | ")[0] in files)):
             print(f"survivors.py proves harmless what is caught or gone: {key}")
             open_ += 1
     kinds = [verdict.kind for verdict in verdicts]
