@@ -51,12 +51,16 @@ def test_table_json_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.usefixtures("small")
-def test_a_wrong_layer_ends_with_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error of one per cent in the experts is far beyond rounding: both parts must notice, for any text."""
+@pytest.mark.parametrize(("error", "noticed"), [(1e-3, {"families"}), (1e-2, {"families", "training"})])
+def test_a_wrong_layer_ends_with_1(
+    error: float, noticed: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Errors far beyond rounding. Six steps of training show the smaller one for some texts only: rounding, too, can
+    turn a choice of experts."""
     right = hf.experts_forward
 
     def wrong(*arguments: Any) -> torch.Tensor:
-        return right(*arguments) * 1.01
+        return right(*arguments) * (1 + error)
 
     monkeypatch.setattr(hf, "experts_forward", wrong)
     registry = importlib.import_module(hf.MOE_MODULE).ALL_EXPERTS_FUNCTIONS
@@ -66,7 +70,8 @@ def test_a_wrong_layer_ends_with_1(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     finally:
         registry.register(hf.NAME, right)
     found = json.loads((tmp_path / "demo.json").read_text())
-    assert not found["families"][0]["ok"] and not found["training"]["ok"]
+    wrong_parts = {"families"} if not any(row["ok"] for row in found["families"]) else set()
+    assert noticed <= wrong_parts | ({"training"} if not found["training"]["ok"] else set())
 
 
 def test_full_size_layers_notice_a_wrong_result() -> None:
