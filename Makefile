@@ -97,8 +97,9 @@ mutants: $(VENV)/test.stamp
 soak: $(VENV)/test.stamp
 	cd tests && MOE_KERNELS_STRICT=1 ../$(BIN)/python soak.py $(ARGS)
 
-fuzz:
-	@echo "make $@ is not built yet"; exit 2
+# Ten minutes of cases that nobody chose, CPU kernels and emulator in turn. ARGS="--seconds 3600", ARGS="--seed 7 --cases 1"
+fuzz: $(VENV)/test.stamp
+	cd tests && MOE_KERNELS_STRICT=1 ../$(BIN)/python fuzz.py $(ARGS)
 
 $(VENV)/torch.stamp:
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed" if sys.version_info < (3, 10) else 0)'

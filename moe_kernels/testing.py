@@ -10,6 +10,8 @@ for float64, float32, bfloat16, float16):
                                                                        of random sign: sqrt(k), not k
     errors of the operands  sigma^2 += sa^2 b^2 + a^2 sb^2             independent, so squares add
     function f              sigma^2 += f'(v)^2 s^2 + (8 u |f|)^2       8 u: a polynomial exp or erf and its surroundings
+                            + (2 u |h|)^2 for gelu                     x/2 (1 + erf): terms of size 1 that cancel
+    sum over slots          sigma^2 += (K u |part|)^2 a part           K roundings of sums of at most all parts
     slope of f              sigma^2 += (f'(v +- 3 s) - f'(v))^2 + ...  a difference, so that kinks (relu, clamps) count
 
 The bound is SAFETY times sigma: wide enough that rounding does not reach it, narrow enough that one missing term of a
@@ -249,7 +251,7 @@ def expert_layer(case: Case, *, slots_stored: bool = False) -> dict[str, tuple[T
     dtype, acc, c = case.x.dtype, acc_dtype(case.x.dtype), case.double()
     ids = local_ids(case.topk_ids, case.expert_map)
     w13, w2, b13 = canonical(c.w13, c.w2, c.w13_bias, case.interleaved, case.transposed)
-    E, I = w13.shape[0], w2.shape[2]
+    E, I, K = w13.shape[0], w2.shape[2], ids.shape[1]
 
     def act(h: Tensor) -> Tensor:
         return activate(h, case.activation, case.gated, case.swiglu_limit, case.swiglu_alpha)
@@ -269,12 +271,15 @@ def expert_layer(case: Case, *, slots_stored: bool = False) -> dict[str, tuple[T
         h = row.matmul(w_in.T, acc).rounded(dtype)
         h = h if b13 is None else (h + Noisy.exact(b13[e])).rounded(dtype)
         a = apply(act, h, I, acc)
+        if case.activation.startswith("gelu"):
+            terms = h.value.abs().unflatten(-1, (-1, I)).prod(-2)  # |gate up|, or |h|
+            a = Noisy(a.value, a.variance + (2 * UNIT[acc] * terms).square())
         keep = None if c.hidden_mask is None else Noisy.exact(c.hidden_mask[t, k])
         a = (a if keep is None else (a * keep)).rounded(dtype)
         out = a.matmul(w_out.T, acc)
-        out = out if c.w2_bias is None else out + Noisy.exact(c.w2_bias[e])
+        out = out if c.w2_bias is None else (out + Noisy.exact(c.w2_bias[e])).rounded(acc)
         stored = out.rounded(dtype) if slots_stored else out
-        _scatter(total["y"], (t,), stored if case.weight_on_input else weight * stored)
+        _scatter(total["y"], (t,), stored if case.weight_on_input else weight * stored, K * UNIT[acc])
         # backward
         g_out = gy if case.weight_on_input else (weight * gy).rounded(dtype)
         g_a = g_out.matmul(w_out, acc).rounded(dtype)
@@ -286,8 +291,9 @@ def expert_layer(case: Case, *, slots_stored: bool = False) -> dict[str, tuple[T
         g_h = (doubled * slope).rounded(dtype)
         g_row = g_h.matmul(w_in, acc)
         g_slot = weight * g_row if case.weight_on_input else g_row
-        _scatter(total["x"], (t,), g_slot.rounded(dtype) if slots_stored else g_slot)
-        _scatter(total["topk_weights"], (t, k), ((x * g_row) if case.weight_on_input else (gy * out)).total(acc, -1))
+        _scatter(total["x"], (t,), g_slot.rounded(dtype) if slots_stored else g_slot, K * UNIT[acc])
+        g_weight = ((x * g_row) if case.weight_on_input else (gy * out)).total(acc, -1)
+        _scatter(total["topk_weights"], (t, k), g_weight, UNIT[acc])
         parts["w13"][e] = g_h.T.matmul(row, acc)
         parts["w2"][e] = g_out.T.matmul(a, acc)
         parts["w13_bias"][e], parts["w2_bias"][e] = g_h.total(acc), g_out.total(acc)
@@ -301,9 +307,10 @@ def expert_layer(case: Case, *, slots_stored: bool = False) -> dict[str, tuple[T
     return result
 
 
-def _scatter(total: Noisy, index: tuple[Tensor, ...], part: Noisy) -> None:
+def _scatter(total: Noisy, index: tuple[Tensor, ...], part: Noisy, unit: float) -> None:
+    """Adds a part to its token's sum; `unit` of each part is what the roundings of the partial sums come to."""
     total.value.index_put_(index, part.value, accumulate=True)
-    total.variance.index_put_(index, part.variance, accumulate=True)
+    total.variance.index_put_(index, part.variance + (unit * part.value).square(), accumulate=True)
 
 
 def _slopes(f: Callable[[Tensor], Tensor], h: Noisy, width: int, acc: torch.dtype) -> Noisy:

@@ -26,36 +26,38 @@ def operands(case, M, k, N, E, dtype, tail=2):
     return a.to(dtype), b.to(dtype), None if case == "batch" else offs
 
 
+def compare(backend, case, M, k, N, E, dtype, with_bias):
+    acc = acc_dtype(dtype)
+    a, b, offs = operands(case, M, k, N, E, dtype)
+    bias = torch.randn(E, N, dtype=torch.float64).to(dtype) if with_bias else None
+    leaves = [t.detach().requires_grad_() for t in (a, b, bias) if t is not None]
+    out = backend.grouped_gemm(leaves[0], leaves[1], offs, bias=leaves[2] if with_bias else None)
+    assert out.dtype == dtype
+    grad_out = torch.randn(out.shape, dtype=torch.float64).to(dtype)
+    grads = torch.autograd.grad(out, leaves, grad_out)
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    truth = reference.grouped_gemm(exact[0], exact[1], offs, bias=exact[2] if with_bias else None)
+    truths = torch.autograd.grad(truth, exact, grad_out.double(), materialize_grads=True)
+    size = [t.detach().abs().requires_grad_() for t in exact]  # the gradients of |a| |b| are |g| |b|^T and |a|^T |g|
+    sizes = reference.grouped_gemm(size[0], size[1], offs, bias=size[2] if with_bias else None)
+    grad_sizes = torch.autograd.grad(sizes, size, grad_out.double().abs(), materialize_grads=True)
+
+    def bound(terms, magnitude, value):
+        return SAFETY * (UNIT[acc] * math.sqrt(max(terms, 1)) * magnitude.detach() + rounding(value, dtype))
+
+    check(out, truth, bound(k, sizes, truth), "out")
+    for name, grad, true, big, terms in zip(("a", "b", "bias"), grads, truths, grad_sizes, (N, M, M)):
+        assert grad.dtype == dtype
+        check(grad, true, bound(terms, big, true), f"grad_{name}")
+
+
 @pytest.mark.parametrize(
     ("case", "with_bias"), [(c, b) for c in CASES for b in (False, True) if (c, b) != ("columns", True)]
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_grouped_gemm(backend, dtype, case, with_bias):
-    acc = acc_dtype(dtype)
     for M, k, N, E in SHAPES[:-1] if backend.name == "simt" else SHAPES:  # 40 groups are many blocks to emulate
-        a, b, offs = operands(case, M, k, N, E, dtype)
-        bias = torch.randn(E, N, dtype=torch.float64).to(dtype) if with_bias else None
-        leaves = [t.detach().requires_grad_() for t in (a, b, bias) if t is not None]
-        out = backend.grouped_gemm(leaves[0], leaves[1], offs, bias=leaves[2] if with_bias else None)
-        assert out.dtype == dtype
-        grad_out = torch.randn(out.shape, dtype=torch.float64).to(dtype)
-        grads = torch.autograd.grad(out, leaves, grad_out)
-        exact = [t.detach().double().requires_grad_() for t in leaves]
-        truth = reference.grouped_gemm(exact[0], exact[1], offs, bias=exact[2] if with_bias else None)
-        truths = torch.autograd.grad(truth, exact, grad_out.double(), materialize_grads=True)
-        size = [
-            t.detach().abs().requires_grad_() for t in exact
-        ]  # the gradients of |a| |b| are |g| |b|^T and |a|^T |g|
-        sizes = reference.grouped_gemm(size[0], size[1], offs, bias=size[2] if with_bias else None)
-        grad_sizes = torch.autograd.grad(sizes, size, grad_out.double().abs(), materialize_grads=True)
-
-        def bound(terms, magnitude, value):
-            return SAFETY * (UNIT[acc] * math.sqrt(max(terms, 1)) * magnitude.detach() + rounding(value, dtype))
-
-        check(out, truth, bound(k, sizes, truth), "out")
-        for name, grad, true, big, terms in zip(("a", "b", "bias"), grads, truths, grad_sizes, (N, M, M)):
-            assert grad.dtype == dtype
-            check(grad, true, bound(terms, big, true), f"grad_{name}")
+        compare(backend, case, M, k, N, E, dtype, with_bias)
 
 
 @pytest.mark.parametrize("case", CASES)

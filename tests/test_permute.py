@@ -25,6 +25,26 @@ def expected(ids, E, align):
     return row_to_slot + [-1] * (P - len(row_to_slot)), slot_to_row, offsets
 
 
+def compare(backend, T, H, E, K, dtype, align, skew, g):
+    ids = make_ids(T, E, K, skew, g).to(torch.int64 if align == 4 else torch.int32)
+    x = torch.randn(T, H).to(dtype).requires_grad_()
+    got = backend.permute(x, ids, E, align=align)
+    row_to_slot, slot_to_row, offsets = expected(ids, E, align)
+    assert got.row_to_slot.tolist() == row_to_slot
+    assert got.slot_to_row.tolist() == slot_to_row
+    assert got.expert_offsets.tolist() == offsets
+    assert all(t.dtype == torch.int32 for t in got[1:])
+    rows = [torch.zeros(H, dtype=dtype) if s < 0 else x.detach()[s // K] for s in row_to_slot]
+    assert torch.equal(got.x_rows, torch.stack(rows) if rows else torch.zeros(0, H, dtype=dtype))
+    grad_rows = torch.randint(-4, 5, got.x_rows.shape).to(dtype)  # small integers: sums are exact in any dtype
+    (grad,) = torch.autograd.grad(got.x_rows, x, grad_rows)
+    wanted = torch.zeros(T, H, dtype=dtype)
+    for row, slot in enumerate(row_to_slot):
+        if slot >= 0:
+            wanted[slot // K] += grad_rows[row]
+    assert torch.equal(grad, wanted)
+
+
 @pytest.mark.parametrize("skew", ["uniform", "zipf", "one", "empty"])
 @pytest.mark.parametrize("align", [1, 4, 16])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -33,23 +53,7 @@ def test_permute(backend, dtype, align, skew):
     for T, H, E, K in SHAPES:
         if backend.name == "simt" and E * align > 4096:
             continue  # 30000 rows of padding are seconds there; a single expert's padding is the same code
-        ids = make_ids(T, E, K, skew, g).to(torch.int64 if align == 4 else torch.int32)
-        x = torch.randn(T, H).to(dtype).requires_grad_()
-        got = backend.permute(x, ids, E, align=align)
-        row_to_slot, slot_to_row, offsets = expected(ids, E, align)
-        assert got.row_to_slot.tolist() == row_to_slot
-        assert got.slot_to_row.tolist() == slot_to_row
-        assert got.expert_offsets.tolist() == offsets
-        assert all(t.dtype == torch.int32 for t in got[1:])
-        rows = [torch.zeros(H, dtype=dtype) if s < 0 else x.detach()[s // K] for s in row_to_slot]
-        assert torch.equal(got.x_rows, torch.stack(rows) if rows else torch.zeros(0, H, dtype=dtype))
-        grad_rows = torch.randint(-4, 5, got.x_rows.shape).to(dtype)  # small integers: sums are exact in any dtype
-        (grad,) = torch.autograd.grad(got.x_rows, x, grad_rows)
-        wanted = torch.zeros(T, H, dtype=dtype)
-        for row, slot in enumerate(row_to_slot):
-            if slot >= 0:
-                wanted[slot // K] += grad_rows[row]
-        assert torch.equal(grad, wanted)
+        compare(backend, T, H, E, K, dtype, align, skew, g)
 
 
 def test_absent_ids_get_no_row(backend):

@@ -79,49 +79,54 @@ BRIEF = ("plain", "softcap", "groups_bias", "masked")  # of the 16-bit types
 CASES = [(dtype, rule) for dtype in DTYPES for rule in RULES if dtype.itemsize > 2 or rule in BRIEF]
 
 
+def compare(backend, T, E, K, dtype, rule, scoring):
+    """Everything that route returns, and the gradient, of one shape; shapes that the rule cannot have pass."""
+    options = options_of(rule, E, K)
+    if options is None:
+        return
+    logits = logits_of(T, E, dtype).requires_grad_()
+    bias = torch.linspace(0.2, -0.2, E)[torch.randperm(E)] if options.pop("bias", False) else None
+    mask = torch.arange(T) % 3 != 1 if options.pop("mask", False) else None
+    call = dict(options, scoring_func=scoring, e_score_correction_bias=bias, padding_mask=mask)
+    got = backend.route(logits, K, **call)
+    truth_in = logits.detach().double().requires_grad_()
+    truth = reference.route(truth_in, K, **call)
+    acc = acc_dtype(dtype)
+    assert (got.topk_weights.dtype, got.topk_ids.dtype, got.tokens_per_expert.dtype) == (
+        acc,
+        torch.int32,
+        torch.int32,
+    )
+    assert got.dropped is None
+    assert (got.lse is not None) == (scoring == "softmax")
+    assert torch.equal(got.tokens_per_expert, torch.bincount(got.topk_ids[got.topk_ids >= 0], minlength=E).int())
+    if bias is None:  # with a bias two scores may come arbitrarily close
+        assert torch.equal(got.topk_ids, truth.topk_ids)
+    elif not torch.equal(got.topk_ids, truth.topk_ids):
+        assert dtype != torch.float64
+        return
+    grad_w = torch.randn(T, K, dtype=torch.float64)
+    grad_lse = torch.randn(T, dtype=torch.float64)
+    relative, size = magnitudes(logits.detach(), options, scoring, truth.topk_ids, grad_w, grad_lse)
+    check(got.topk_weights, truth.topk_weights, relative * truth.topk_weights.detach().abs(), "topk_weights")
+    outputs, cotangents = [got.topk_weights], [grad_w.to(acc)]
+    truths, truth_cotangents = [truth.topk_weights], [grad_w.to(acc).double()]
+    if got.lse is not None:
+        check(got.lse, truth.lse, relative[:, 0] * (1 + truth.lse.detach().abs()), "lse")
+        outputs, cotangents = [*outputs, got.lse], [*cotangents, grad_lse.to(acc)]
+        truths, truth_cotangents = [*truths, truth.lse], [*truth_cotangents, grad_lse.to(acc).double()]
+    (grad,) = torch.autograd.grad(outputs, logits, cotangents)
+    (grad_truth,) = torch.autograd.grad(truths, truth_in, truth_cotangents)
+    assert grad.dtype == dtype
+    floor = {torch.float16: 2.0**-25}.get(dtype, 0.0) + torch.finfo(acc).tiny
+    check(grad, grad_truth, relative * size + 2 * UNIT[dtype] * grad_truth.abs() + floor, "grad_logits")
+
+
 @pytest.mark.parametrize("scoring", SCORING)
 @pytest.mark.parametrize(("dtype", "rule"), CASES, ids=str)
 def test_route(backend, dtype, rule, scoring):
     for T, E, K in SHAPES:
-        options = options_of(rule, E, K)
-        if options is None:
-            continue
-        logits = logits_of(T, E, dtype).requires_grad_()
-        bias = torch.linspace(0.2, -0.2, E)[torch.randperm(E)] if options.pop("bias", False) else None
-        mask = torch.arange(T) % 3 != 1 if options.pop("mask", False) else None
-        call = dict(options, scoring_func=scoring, e_score_correction_bias=bias, padding_mask=mask)
-        got = backend.route(logits, K, **call)
-        truth_in = logits.detach().double().requires_grad_()
-        truth = reference.route(truth_in, K, **call)
-        acc = acc_dtype(dtype)
-        assert (got.topk_weights.dtype, got.topk_ids.dtype, got.tokens_per_expert.dtype) == (
-            acc,
-            torch.int32,
-            torch.int32,
-        )
-        assert got.dropped is None
-        assert (got.lse is not None) == (scoring == "softmax")
-        assert torch.equal(got.tokens_per_expert, torch.bincount(got.topk_ids[got.topk_ids >= 0], minlength=E).int())
-        if bias is None:  # with a bias two scores may come arbitrarily close
-            assert torch.equal(got.topk_ids, truth.topk_ids)
-        elif not torch.equal(got.topk_ids, truth.topk_ids):
-            assert dtype != torch.float64
-            continue
-        grad_w = torch.randn(T, K, dtype=torch.float64)
-        grad_lse = torch.randn(T, dtype=torch.float64)
-        relative, size = magnitudes(logits.detach(), options, scoring, truth.topk_ids, grad_w, grad_lse)
-        check(got.topk_weights, truth.topk_weights, relative * truth.topk_weights.detach().abs(), "topk_weights")
-        outputs, cotangents = [got.topk_weights], [grad_w.to(acc)]
-        truths, truth_cotangents = [truth.topk_weights], [grad_w.to(acc).double()]
-        if got.lse is not None:
-            check(got.lse, truth.lse, relative[:, 0] * (1 + truth.lse.detach().abs()), "lse")
-            outputs, cotangents = [*outputs, got.lse], [*cotangents, grad_lse.to(acc)]
-            truths, truth_cotangents = [*truths, truth.lse], [*truth_cotangents, grad_lse.to(acc).double()]
-        (grad,) = torch.autograd.grad(outputs, logits, cotangents)
-        (grad_truth,) = torch.autograd.grad(truths, truth_in, truth_cotangents)
-        assert grad.dtype == dtype
-        floor = {torch.float16: 2.0**-25}.get(dtype, 0.0) + torch.finfo(acc).tiny
-        check(grad, grad_truth, relative * size + 2 * UNIT[dtype] * grad_truth.abs() + floor, "grad_logits")
+        compare(backend, T, E, K, dtype, rule, scoring)
 
 
 @pytest.mark.parametrize("scoring", SCORING)
