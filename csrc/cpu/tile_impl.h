@@ -209,20 +209,17 @@ constexpr int64_t kAheadPerRow = MOE_VEC_BYTES / 12;
 template <class T, int M, int V, bool kByColumn>
 void outer_tile(const ProductArgs<T>& p, int64_t m0, int64_t n0, Ahead& ahead) {
   using A = acc_t<T>;
-  constexpr int L = VecOf<A>::lanes;
+  constexpr int L = VecOf<A>::lanes, kSteps = 4;
   const A* a[M];
   for (int m = 0; m < M; ++m) a[m] = kByColumn ? p.left.data + m0 + m : left_row(p.left, m0 + m);
   const auto column = [&](int64_t n) { return p.b + n / kPanel * p.b_half + n % kPanel; };
   const T *low = column(n0), *high = column(n0 + V / 2 * L);
-  const char* fetch = ahead.at;
   const int64_t step = std::min<int64_t>(ahead.step, kAheadPerRow * M);
   Vec<A> acc[M][V] = {};
-#pragma GCC unroll 4
-  for (int64_t k = 0; k < p.k; ++k, low += p.b_stride, high += p.b_stride, fetch += step) {
-    __builtin_prefetch(fetch, 0, 2);
+  const auto multiply = [&](int64_t k, const T* l, const T* h) __attribute__((always_inline)) {
     Vec<A> b[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) b[v] = load(v < V / 2 ? low + v * L : high + (v - V / 2) * L);
+    for (int v = 0; v < V; ++v) b[v] = load(v < V / 2 ? l + v * L : h + (v - V / 2) * L);
     const int64_t at = kByColumn ? k * p.left.stride : k;
 #pragma GCC unroll 12
     for (int m = 0; m < M; ++m) {
@@ -230,16 +227,32 @@ void outer_tile(const ProductArgs<T>& p, int64_t m0, int64_t n0, Ahead& ahead) {
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) acc[m][v] += av * b[v];
     }
-  }
-  ahead.at = fetch;
-#pragma GCC unroll 12
-  for (int m = 0; m < M; ++m)
+  };
+  int64_t k = 0;
+  const char* fetch = ahead.at;
+  // Every instruction that is no multiply-add counts where a core is shared: a panel's stride is a constant.
+  const auto loop = [&](int64_t stride) __attribute__((always_inline)) {
+    for (; k + kSteps <= p.k; k += kSteps, low += kSteps * stride, high += kSteps * stride, fetch += kSteps * step) {
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      A* c = p.c + (m0 + m) * p.c_stride + n0 + v * L;
-      if (p.stream) store_streaming(c, acc[m][v]);
-      else store(c, p.accumulate ? load(c) + acc[m][v] : acc[m][v]);
+      for (int i = 0; i < kSteps; ++i) {
+        if (i % 2 == 0) __builtin_prefetch(fetch + i * step, 0, 2);
+        multiply(k + i, low + i * stride, high + i * stride);
+      }
     }
+    for (; k < p.k; ++k, low += stride, high += stride) multiply(k, low, high);
+  };
+  p.b_stride == kPanel ? loop(kPanel) : loop(p.b_stride);
+  ahead.at += p.k * step;
+  A* const c = p.c + m0 * p.c_stride + n0;
+  const auto finish = [&](auto&& put) __attribute__((always_inline)) {
+#pragma GCC unroll 12
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) put(c + m * p.c_stride + v * L, acc[m][v]);
+  };
+  if (p.stream) finish([](A* to, Vec<A> sum) { store_streaming(to, sum); });
+  else if (p.accumulate) finish([](A* to, Vec<A> sum) { store(to, load(to) + sum); });
+  else finish([](A* to, Vec<A> sum) { store(to, sum); });
 }
 template <class T, int M, int V>
 void outer_rows(const ProductArgs<T>& p, int64_t rows, int64_t m0, Ahead& ahead) {
