@@ -40,9 +40,9 @@ template <class T> struct WgradCopy {
   const unsigned char* column;
   uint32_t stride;  // bytes
   const int32_t* gather;
-  bool gathered;
+  bool gathered, inside;  // the chunk is not past the width
   Quotient token;
-  uint32_t read, to;            // bytes of a chunk: 0 past the width | offset in a stage
+  uint32_t to;                  // offset in a stage
   int32_t rows[Tile::kCopies];  // of the next stage: what gather says, -1 past the end
 
   MOE_DEVICE WgradCopy(const WgradSide& side, Quotient quotient, int64_t first, int64_t width, uint32_t part)
@@ -52,24 +52,25 @@ template <class T> struct WgradCopy {
         token(quotient) {
     const int chunk = threadIdx.x % Tile::kChunks;
     const int64_t at = first + chunk * kVector<T>;
-    read = at < width ? kChunk : 0;
-    column = static_cast<const unsigned char*>(side.data) + (read != 0 ? at * int64_t(sizeof(T)) : 0);
+    inside = at < width;
+    column = static_cast<const unsigned char*>(side.data) + (inside ? at * int64_t(sizeof(T)) : 0);
     to = part + Tile::at(threadIdx.x / Tile::kChunks, chunk);
   }
   /// Looks the rows from r on up: a stage ahead, so that the answer is there when it is needed.
   MOE_DEVICE void look_up(int32_t r, int32_t end) {
     r += threadIdx.x / Tile::kChunks;
+    const int32_t* at = gathered ? gather + r : nullptr;
 #pragma unroll
-    for (int i = 0; i < Tile::kCopies; ++i, r += Tile::kRowsAtOnce)
-      if (r >= end) rows[i] = -1;
-      else rows[i] = gathered ? __ldg(gather + r) : r;
+    for (int i = 0; i < Tile::kCopies; ++i)
+      if (r + i * Tile::kRowsAtOnce >= end) rows[i] = -1;
+      else rows[i] = at ? __ldg(at + i * Tile::kRowsAtOnce) : r + i * Tile::kRowsAtOnce;
   }
   MOE_DEVICE void start(uint32_t stage) const {
 #pragma unroll
     for (int i = 0; i < Tile::kCopies; ++i) {
       // An address with nothing to read at it may be anything.
       cp_async_cg_16(stage + to + i * Tile::kRowsAtOnce * Tile::kChunks * kChunk,
-                     column + uint64_t(token(rows[i])) * stride, rows[i] >= 0 ? read : 0);
+                     column + uint64_t(token(rows[i])) * stride, inside && rows[i] >= 0 ? kChunk : 0);
     }
   }
 };
