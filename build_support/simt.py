@@ -36,6 +36,17 @@ def kernel_sources() -> list[str]:
     return [path for library, path in filter(None, lines) if library == "cuda" and path.endswith(".cu")]
 
 
+def runtime_sources() -> list[str]:
+    """The emulator itself: first on a link line, see csrc/simt/hooks.cpp."""
+    return [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc/simt").glob("*.cpp"))]
+
+
+def kernel_objects() -> list[Path]:
+    """What `build` has made of the emulator and the kernels, in the order of a link line."""
+    made = {"runtime": runtime_sources(), "kernel": kernel_sources()}
+    return [BUILD / f"{name}_{Path(source).stem}.o" for name, sources in made.items() for source in sources]
+
+
 def build() -> Path:
     """Returns the library, built if it was older than a source. Errors: RuntimeError with the compiler's words."""
     from torch.utils.cpp_extension import include_paths, library_paths
@@ -43,9 +54,8 @@ def build() -> Path:
     cxx = os.environ.get("CXX", "c++")
     include = " ".join(f"-isystem {shlex.quote(path)}" for path in include_paths())
     binding = f"{COMMON} -O2 -g0 -DTORCH_TARGET_VERSION=0x020b000000000000 {include}"
-    runtime = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc/simt").glob("*.cpp"))]
     steps = {
-        "runtime": (f"{cxx} {COMMON} -O2 -g1", runtime),  # first on the link line: see csrc/simt/hooks.cpp
+        "runtime": (f"{cxx} {COMMON} -O2 -g1", runtime_sources()),
         "kernel": (f"{cxx} {KERNEL}", kernel_sources()),
         "binding": (f"{cxx} {binding}", [f"csrc/bindings/{name}.cpp" for name in ("ops", "expert_ops", "gemm_ops")]),
     }

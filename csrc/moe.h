@@ -223,6 +223,7 @@ struct Weight {
 };
 
 /// grouped_gemm: out_g = a_g b_g for every group g of G. Exactly one of m, n, k may be cut into groups by offs.
+/// grouped_gemm_backward: out_g += a_g^T grad_g, the gradient of the weights b_g, into the main gradient.
 enum class Grouped : int32_t { none, rows, cols, contraction };
 struct GroupedGemmArgs {
   int64_t G, M, N, K;  // sizes of the whole operand; the grouped one is cut by offs
@@ -233,6 +234,8 @@ struct GroupedGemmArgs {
   Weight b;             // element (g, n, k)
   const int32_t* offs;  // [G] inclusive ends, or null for none
   const void* bias;     // [G, N] dtype, or null
+  bool allow_tf32;      // of f32, on a GPU: products of 10-bit mantissas
+  bool accumulate;      // contraction only: out, of acc, is added to
   void* out;            // [G?, M, N] contiguous; what no group owns is zeroed
   void* workspace;      // grouped_gemm_workspace_bytes
 };
@@ -246,6 +249,7 @@ struct ExpertMlp {
   bool gated;        // W13 has 2I rows
   bool interleaved;  // rows gate, up, gate, up ..; else all gate rows, then all up rows
   bool weight_on_input;
+  bool allow_tf32;      // of f32, on a GPU: products of 10-bit mantissas
   double limit, alpha;  // of swigluoai
   const void* x;        // [T, H]
   int64_t x_stride;
@@ -272,12 +276,13 @@ struct FusedExpertsBackwardArgs {
   int64_t grad_y_stride;
   const void* hidden;       // as the forward left it; null: computed again
   void* grad_x;             // [T, H], or null as each of the following
-  void* grad_w13;           // laid out as w13_out says
+  void* grad_w13;           // laid out as w13_out says, of weight_dtype; a main gradient: of acc, and added to
   void* grad_w2;            //
   void* grad_topk_weights;  // [S] acc, zeroed by the caller: absent slots are not written
   void* grad_w13_bias;      // [E, 2I | I]
   void* grad_w2_bias;       // [E, H]
   Weight w13_out, w2_out;   // strides of the two weight gradients
+  bool w13_main, w2_main;   // whether grad_w13 and grad_w2 are main gradients
   void* workspace;          // fused_experts_backward_workspace_bytes
 };
 

@@ -99,11 +99,12 @@ def _permute_backward(ops: Any, ctx: Any, grad_rows: Tensor | None, *_maps: None
     return ops.permute_backward.default(grad_rows, slot_to_row, ctx.num_tokens), *none
 
 
-# ---- grouped_gemm: dA = dOut b^T, dB = a^T dOut, dbias = 1^T dOut, each again one of its four cases
+# ---- grouped_gemm: dA = dOut b^T, dB = a^T dOut, dbias = 1^T dOut, each again one of its four cases. A main gradient
+# ---- takes dB; it is no saved tensor, for other backwards may add to it before this one does
 
 
 def _grouped_gemm_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    a, b, offs, bias, _ = inputs
+    a, b, offs, bias, _, ctx.allow_tf32, ctx.main_grad = inputs
     needs_a, needs_b = ctx.needs_input_grad[:2]
     ctx.save_for_backward(a if needs_b else None, b if needs_a else None, offs)
     ctx.a_dtype, ctx.b_dtype = a.dtype, b.dtype
@@ -113,19 +114,22 @@ def _grouped_gemm_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> No
 
 def _grouped_gemm_backward(ops: Any, ctx: Any, grad: Tensor | None) -> Any:
     if grad is None:
-        return None, None, None, None, None
+        return (None,) * 7
     a, b, offs = ctx.saved_tensors
-    needs_a, needs_b, _, needs_bias, _ = ctx.needs_input_grad
+    needs_a, needs_b, _, needs_bias = ctx.needs_input_grad[:4]
     grad = grad.to(ctx.a_dtype)
-    product, code = ops.grouped_gemm.default, DTYPE_CODE[ctx.a_dtype]
-    grad_a = product(grad, b.mT, offs, None, code) if needs_a else None
-    grad_b = product(a.mT, grad, offs, None, code) if needs_b else None
+    rest = (DTYPE_CODE[ctx.a_dtype], ctx.allow_tf32, None)
+    product = ops.grouped_gemm.default
+    grad_a = product(grad, b.mT, offs, None, *rest) if needs_a else None
+    grad_b = product(a.mT, grad, offs, None, *rest) if needs_b and ctx.main_grad is None else None
+    if needs_b and ctx.main_grad is not None:
+        ops.grouped_gemm_backward.default(a, grad, offs, ctx.main_grad, ctx.allow_tf32)
     grad_bias = None
     if needs_bias:
         shape = (grad.shape[0], 1, ctx.rows) if ctx.groups else (1, ctx.rows)
         ends = None if ctx.groups else offs
-        grad_bias = product(grad.new_ones(shape), grad, ends, None, code).squeeze(1).to(ctx.bias_dtype)
-    return grad_a, grad_b, None, grad_bias, None
+        grad_bias = product(grad.new_ones(shape), grad, ends, None, *rest).squeeze(1).to(ctx.bias_dtype)
+    return grad_a, grad_b, None, grad_bias, None, None, None
 
 
 # ---- unpermute: rows get the weighted token gradient, weights the scalar product with their row
@@ -150,20 +154,22 @@ _DIFFERENTIABLE = (0, 1, 2, 3, 5, 6)  # x, w13, w2, topk_weights, w13_bias, w2_b
 
 def _fused_experts_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(output[1], *inputs[:9])
-    ctx.rule = inputs[9:16]
+    ctx.rule, ctx.main_grads = inputs[9:17], inputs[17:19]
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
 def _fused_experts_backward(ops: Any, ctx: Any, grad_y: Tensor | None, _hidden: None) -> Any:
-    grads: list[Tensor | None] = [None] * 17
+    grads: list[Tensor | None] = [None] * 20
     wanted = [argument for argument in _DIFFERENTIABLE if ctx.needs_input_grad[argument]]
     if grad_y is None or not wanted:
         return tuple(grads)
     needs = sum(1 << bit for bit, argument in enumerate(_DIFFERENTIABLE) if argument in wanted)
-    found = ops.fused_experts_backward.default(grad_y, *ctx.saved_tensors, *ctx.rule, needs)
+    main_grads = [main if argument in wanted else None for argument, main in zip((1, 2), ctx.main_grads)]
+    found = ops.fused_experts_backward.default(grad_y, *ctx.saved_tensors, *ctx.rule, *main_grads, needs)
+    added = [argument for argument, main in zip((1, 2), main_grads) if main is not None]
     for argument, grad in zip(_DIFFERENTIABLE, found):
-        grads[argument] = grad if argument in wanted else None
+        grads[argument] = grad if argument in wanted and argument not in added else None
     return tuple(grads)
 
 

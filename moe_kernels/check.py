@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .schemas import ACTIVATIONS, DTYPES
+from .schemas import ACTIVATIONS, DTYPES, acc_dtype
 
 FLOATS = frozenset(DTYPES)
 IDS = frozenset((torch.int32, torch.int64))
@@ -176,6 +176,22 @@ def optional(op: str, x: Tensor, sizes: tuple[int, ...], w13_bias: Any, w2_bias:
         tensor(op, "expert_map", expert_map, IDS, [("G", None)], x.device)
     if hidden_mask is not None:
         tensor(op, "hidden_mask", hidden_mask, FLOATS, [("T", T), ("K", K), ("I", I)], x.device)
+
+
+def main_grad(op: str, name: str, main: Any, weight_name: str, weight: Tensor, either_major: bool = False) -> None:
+    """Refuses what the backward cannot add the gradient of a weight to."""
+    kinds = frozenset((acc_dtype(weight.dtype),))
+    want = f"{str(acc_dtype(weight.dtype)).removeprefix('torch.')} {list(weight.shape)} like {weight_name}"
+    if not isinstance(main, Tensor) or main.dtype not in kinds:
+        refuse(op, name, want, got(main), TypeError)
+    if main.shape != weight.shape:
+        refuse(op, name, want, str(list(main.shape)))
+    if main.device != weight.device:
+        refuse(op, name, f"on {weight.device} like {weight_name}", str(main.device))
+    if not (main.is_contiguous() or (either_major and main.mT.is_contiguous())):
+        refuse(op, name, "contiguous" + (", itself or its mT" if either_major else ""), f"strides {main.stride()}")
+    if main.requires_grad:
+        refuse(op, name, "without a gradient of its own", "a tensor that requires one")
 
 
 def operands(op: str, a: Any, b: Any, offs: Any, bias: Any, out_dtype: Any) -> None:

@@ -78,10 +78,15 @@ def _permute_backward(grad_rows, slot_to_row, num_tokens):
 
 
 @register_fake(f"{NAMESPACE}::grouped_gemm")
-def _grouped_gemm(a, b, offs, bias, out_dtype):
+def _grouped_gemm(a, b, offs, bias, out_dtype, allow_tf32, main_grad):
     M, N = a.shape[-2], b.shape[-1]
     groups = (a.shape[0],) if offs is None else (offs.shape[0],) if a.dim() == b.dim() else ()
     return a.new_empty((*groups, M, N), dtype=DTYPES[out_dtype])
+
+
+@register_fake(f"{NAMESPACE}::grouped_gemm_backward")
+def _grouped_gemm_backward(a, grad, offs, main_grad, allow_tf32):
+    return None
 
 
 @register_fake(f"{NAMESPACE}::unpermute")
@@ -96,8 +101,8 @@ def _unpermute_backward(grad_y, rows, slot_to_row, topk_weights):
 
 @register_fake(f"{NAMESPACE}::fused_experts")
 def _fused_experts(x, w13, w2, topk_weights, topk_ids, w13_bias, w2_bias, expert_map, hidden_mask, activation, gated,
-                   interleaved, transposed, weight_on_input, swiglu_limit, swiglu_alpha,
-                   save_hidden):  # fmt: skip
+                   interleaved, transposed, weight_on_input, swiglu_limit, swiglu_alpha, allow_tf32, w13_main_grad,
+                   w2_main_grad, save_hidden):  # fmt: skip
     S, width = topk_ids.shape[0] * topk_ids.shape[1], w13.shape[2 if transposed else 1]
     return x.new_empty(x.shape), x.new_empty((S, width) if save_hidden else (0,))
 
@@ -105,7 +110,9 @@ def _fused_experts(x, w13, w2, topk_weights, topk_ids, w13_bias, w2_bias, expert
 @register_fake(f"{NAMESPACE}::fused_experts_backward")
 def _fused_experts_backward(grad_y, hidden, x, w13, w2, topk_weights, topk_ids, w13_bias, w2_bias,
                             *rest):  # fmt: skip
-    needs, inputs = rest[-1], (x, w13, w2, topk_weights, w13_bias, w2_bias)
+    *_, w13_main, w2_main, needs = rest
+    inputs = (x, w13, w2, topk_weights, w13_bias, w2_bias)
+    needs &= ~((w13_main is not None) << 1 | (w2_main is not None) << 2)
 
     def gradient(bit: int, t: Tensor | None) -> Tensor:
         if t is None:

@@ -138,8 +138,12 @@ def permute_backward(grad_rows, slot_to_row, num_tokens):
     return reference.unpermute(grad_rows, slot_to_row, ones)
 
 
-def grouped_gemm(a, b, offs, bias, out_dtype):
+def grouped_gemm(a, b, offs, bias, out_dtype, allow_tf32, main_grad):
     return reference.grouped_gemm(a, b, offs, bias=bias, out_dtype=DTYPES[out_dtype])
+
+
+def grouped_gemm_backward(a, grad, offs, main_grad, allow_tf32):
+    main_grad.add_(reference.grouped_gemm(a.mT, grad, offs, out_dtype=main_grad.dtype))
 
 
 def unpermute(rows, slot_to_row, topk_weights):
@@ -169,8 +173,8 @@ def _experts(topk_ids, expert_map, hidden_mask, activation, gated, interleaved, 
 
 
 def fused_experts(x, w13, w2, topk_weights, topk_ids, w13_bias, w2_bias, expert_map, hidden_mask, activation, gated,
-                  interleaved, transposed, weight_on_input, swiglu_limit, swiglu_alpha,
-                  save_hidden):  # fmt: skip
+                  interleaved, transposed, weight_on_input, swiglu_limit, swiglu_alpha, allow_tf32, w13_main_grad,
+                  w2_main_grad, save_hidden):  # fmt: skip
     forward = _experts(topk_ids, expert_map, hidden_mask, activation, gated, interleaved, transposed, weight_on_input,
                        swiglu_limit, swiglu_alpha)  # fmt: skip
     width = w13.shape[2 if transposed else 1]
@@ -180,11 +184,19 @@ def fused_experts(x, w13, w2, topk_weights, topk_ids, w13_bias, w2_bias, expert_
 
 def fused_experts_backward(grad_y, hidden, x, w13, w2, topk_weights, topk_ids, w13_bias, w2_bias, expert_map,
                            hidden_mask, activation, gated, interleaved, transposed, weight_on_input, swiglu_limit,
-                           swiglu_alpha, needs):  # fmt: skip
+                           swiglu_alpha, allow_tf32, w13_main_grad, w2_main_grad, needs):  # fmt: skip
     forward = _experts(topk_ids, expert_map, hidden_mask, activation, gated, interleaved, transposed, weight_on_input,
                        swiglu_limit, swiglu_alpha)  # fmt: skip
-    inputs = (x, w13, w2, topk_weights, w13_bias, w2_bias)
-    return tuple(_gradients(forward, (grad_y,), inputs, [bool(needs >> bit & 1) for bit in range(6)]))
+    # A weight with a main gradient enters in that dtype, so that its gradient is not rounded to its own.
+    main_grads = (None, w13_main_grad, w2_main_grad, None, None, None)
+    inputs = [t if main is None else t.to(main.dtype)
+              for t, main in zip((x, w13, w2, topk_weights, w13_bias, w2_bias), main_grads)]  # fmt: skip
+    grads = _gradients(forward, (grad_y,), inputs, [bool(needs >> bit & 1) for bit in range(6)])
+    for i, main in enumerate(main_grads):
+        if main is not None:
+            main.add_(grads[i])
+            grads[i] = _empty(x)
+    return tuple(grads)
 
 
 def pack_experts(w13, w2, gated, interleaved, transposed, dtype):

@@ -38,14 +38,15 @@ class Experts(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int, num_experts: int, *, activation: str = "silu",
                  gated: bool = True, bias: bool = False, interleaved: bool = False, swiglu_limit: float = 7.0,
-                 swiglu_alpha: float = 1.702, recompute: bool = False, device: torch.device | str | None = None,
-                 dtype: torch.dtype | None = None) -> None:  # fmt: skip
+                 swiglu_alpha: float = 1.702, recompute: bool = False, gradient_accumulation_fusion: bool = False,
+                 device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:  # fmt: skip
         super().__init__()
         E, H, I, rows = num_experts, hidden_size, intermediate_size, (1 + gated) * intermediate_size
         self.options: dict[str, Any] = {
             "activation": activation, "gated": gated, "interleaved": interleaved, "recompute": recompute,
             "swiglu_limit": swiglu_limit, "swiglu_alpha": swiglu_alpha,
         }  # fmt: skip
+        self.gradient_accumulation_fusion = gradient_accumulation_fusion
         self.w13 = nn.Parameter(torch.empty(E, rows, H, device=device, dtype=dtype))
         self.w2 = nn.Parameter(torch.empty(E, H, I, device=device, dtype=dtype))
         self.w13_bias = nn.Parameter(torch.empty(E, rows, device=device, dtype=dtype)) if bias else None
@@ -64,10 +65,22 @@ class Experts(nn.Module):
         hidden_mask: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """x [T, H], topk_weights [T, K], topk_ids [T, K], hidden_mask [T, K, I] -> y [T, H]."""
+        main_grads = {}
+        if self.gradient_accumulation_fusion:
+            main_grads = {f"{name}_main_grad": self._main_grad(name) for name in ("w13", "w2")}
         return ops.fused_experts(
             x, self.w13, self.w2, topk_weights, topk_ids, w13_bias=self.w13_bias, w2_bias=self.w2_bias,
-            apply_router_weight_on_input=weight_on_input, hidden_mask=hidden_mask, **self.options,
+            apply_router_weight_on_input=weight_on_input, hidden_mask=hidden_mask, **self.options, **main_grads,
         )  # fmt: skip
+
+    def _main_grad(self, name: str) -> Tensor:
+        weight = getattr(self, name)
+        main_grad = getattr(weight, "main_grad", None)
+        if main_grad is None:
+            acc = str(acc_dtype(weight.dtype)).removeprefix("torch.")
+            check.refuse("Experts", f"{name}.main_grad", f"{acc} {list(weight.shape)} for gradient_accumulation_fusion",
+                         "none")  # fmt: skip
+        return main_grad  # type: ignore[no-any-return]
 
 
 class SharedExperts(nn.Module):
@@ -103,6 +116,8 @@ class MoELayer(nn.Module):
             -> Routing or (topk_weights, topk_ids); or a `Gate` that was built already.
         num_identity_experts: Z experts more that return their input (LongCat's zero experts): ids E .. E+Z-1.
         activation, gated, interleaved, swiglu_limit, swiglu_alpha, recompute: as in `fused_experts`.
+        gradient_accumulation_fusion: the backward adds the gradients of experts.w13 and experts.w2 to their attributes
+            main_grad (float32, yours to make and to zero, as in Megatron) and leaves their .grad as it is.
         bias: experts have biases.
         num_shared_experts: shared experts, of width I each. shared_intermediate_size: their whole width instead.
         shared_gate: they are weighed by sigmoid(shared_expert_gate(x)) (Qwen2-MoE).
@@ -131,8 +146,8 @@ class MoELayer(nn.Module):
         capacity: Capacity | float | None = None, dropout: Dropout | None = None,
         losses: str | Loss | Iterable[str | Loss] = (),
         attach_losses: bool = False, interleaved: bool = False, swiglu_limit: float = 7.0, swiglu_alpha: float = 1.702,
-        recompute: bool = False, init: str = "normal", device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        recompute: bool = False, gradient_accumulation_fusion: bool = False, init: str = "normal",
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         for name, value in (("hidden_size", hidden_size), ("intermediate_size", intermediate_size),
@@ -163,10 +178,13 @@ class MoELayer(nn.Module):
             check.refuse("MoELayer", "capacity", "a Capacity, a factor or None", check.got(capacity), TypeError)
         self.capacity = capacity
         self.losses = resolve("MoELayer", losses)
+        if experts is not None and gradient_accumulation_fusion:
+            check.refuse("MoELayer", "gradient_accumulation_fusion", "False with experts of your own", "True")
         router = make_gate(hidden_size, choices, top_k, router, **place)
         if experts is None:
             experts = Experts(hidden_size, intermediate_size, num_experts, bias=bias, interleaved=interleaved,
-                              recompute=recompute, **rule, **place)  # fmt: skip
+                              recompute=recompute, gradient_accumulation_fusion=gradient_accumulation_fusion, **rule,
+                              **place)  # fmt: skip
         self.router, self.experts = router, experts
         self.num_experts, self.dropout, self.global_counts = num_experts, dropout, GlobalCounts()
         self._check_combination()

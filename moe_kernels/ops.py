@@ -190,6 +190,7 @@ def grouped_gemm(
     *,
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    main_grad: Tensor | None = None,
 ) -> Tensor:
     """Multiply one pair of matrices a group, any sizes and strides; sums in float32, or float64 for float64.
 
@@ -200,9 +201,13 @@ def grouped_gemm(
             with 3-D b, N for 3-D a with 2-D b, k for two 2-D operands. None for two 3-D operands. `expert_offsets[1:]`.
         bias: floating [E, N], added to every row of its group; not for 3-D a with 2-D b.
         out_dtype: of the result; None means a's.
+        main_grad: of b, for 2-D a with 3-D b: float32 (float64 for float64) [E, k, N], it or its mT contiguous. The
+            backward adds the gradient of b to it, in float32 and in place, and leaves b.grad as it is.
     Returns:
         [M, N] where M or N is grouped, else [E, M, N]; what lies past offs[-1] is 0. Differentiable in a, b and bias.
 
+    float32 on a GPU: torch.backends.cuda.matmul.allow_tf32, or torch.set_float32_matmul_precision, lets the tensor
+    cores multiply with 10 bits of mantissa, in the backward as in its forward. Elsewhere it changes nothing.
     Errors: TypeError, ValueError. With MOE_KERNELS_DEBUG=1 decreasing or too large offs raise ValueError.
     Determinism: bitwise.
     """
@@ -213,8 +218,12 @@ def grouped_gemm(
         bias = bias.to(a.dtype)
     if check.checked() and offs is not None:
         check.ends("grouped_gemm", offs, a.shape[0] if b.dim() == 3 else b.shape[1] if a.dim() == 3 else b.shape[0])
+    if main_grad is not None:
+        if a.dim() != 2 or b.dim() != 3:
+            check.refuse("grouped_gemm", "main_grad", "None unless a is 2-D and b 3-D", check.got(main_grad))
+        check.main_grad("grouped_gemm", "main_grad", main_grad, "b", b, either_major=True)
     code = DTYPE_CODE[a.dtype if out_dtype is None else out_dtype]
-    return _GROUPED_GEMM(a, b, offs, bias, code)  # type: ignore[no-any-return]
+    return _GROUPED_GEMM(a, b, offs, bias, code, _allow_tf32(a), main_grad)  # type: ignore[no-any-return]
 
 
 def unpermute(rows: Tensor, slot_to_row: Tensor, topk_weights: Tensor) -> Tensor:
@@ -268,6 +277,8 @@ def fused_experts(
     swiglu_alpha: float = 1.702,
     hidden_mask: Tensor | None = None,
     recompute: bool = False,
+    w13_main_grad: Tensor | None = None,
+    w2_main_grad: Tensor | None = None,
 ) -> Tensor:
     """Run the chosen experts on every token and combine: the whole expert MLP in one op.
 
@@ -291,15 +302,23 @@ def fused_experts(
         swiglu_limit, swiglu_alpha: the clamp and the slope of swigluoai.
         hidden_mask: floating [T, K, I], multiplies the activation: dropout, already scaled.
         recompute: keep no hidden rows for the backward, compute them again.
+        w13_main_grad, w2_main_grad: contiguous float32 (float64 for float64) tensors of the weights' shapes. The
+            backward adds the weights' gradients to them, in float32 and in place, and leaves w13.grad and w2.grad as
+            they are: gradient accumulation fusion, with Megatron's main_grad.
     Returns:
         y: [T, H] in x.dtype. Differentiable in x, w13, w2, both biases and topk_weights. Under autocast x and the
         weights are cast to the autocast dtype.
 
+    float32 on a GPU: as in `grouped_gemm`, torch.backends.cuda.matmul.allow_tf32 decides, but for at most 64 tokens
+    where nothing requires a gradient: those products are exact.
     Errors: TypeError, ValueError. RuntimeError where PackedExperts meet a tensor that requires a gradient.
         With MOE_KERNELS_DEBUG=1 ids outside -1..E-1 raise ValueError.
     Determinism: bitwise.
     """
     if isinstance(w13, PackedExperts):
+        for name, main in (("w13_main_grad", w13_main_grad), ("w2_main_grad", w2_main_grad)):
+            if main is not None:
+                check.refuse("fused_experts", name, "None with PackedExperts, which have no gradient", check.got(main))
         return fused_experts_packed(
             x, w13, w2, topk_weights, topk_ids, activation=activation, gated=gated, w13_bias=w13_bias, w2_bias=w2_bias,
             interleaved=interleaved, transposed=transposed, expert_map=expert_map, hidden_mask=hidden_mask,
@@ -320,6 +339,10 @@ def fused_experts(
         (T, K), (E, H, I) = topk_ids.shape, (w2.shape[0], x.shape[1], w2.shape[1 if transposed else 2])
         sizes = (T, K, I, H, E, 2 * I if is_gated else I)
         check.optional("fused_experts", x, sizes, w13_bias, w2_bias, expert_map, hidden_mask)
+    if w13_main_grad is not None:
+        check.main_grad("fused_experts", "w13_main_grad", w13_main_grad, "w13", w13)
+    if w2_main_grad is not None:
+        check.main_grad("fused_experts", "w2_main_grad", w2_main_grad, "w2", w2)
     if check.checked():
         known = w13.shape[0] if expert_map is None else expert_map.shape[0]
         check.values("fused_experts", "topk_ids", topk_ids, -1, known, "an expert, or -1 for none")
@@ -328,7 +351,8 @@ def fused_experts(
     )
     y, _ = _FUSED_EXPERTS(
         x, w13, w2, topk_weights, topk_ids, w13_bias, w2_bias, expert_map, hidden_mask, code, is_gated, interleaved,
-        transposed, apply_router_weight_on_input, swiglu_limit, swiglu_alpha, save_hidden,
+        transposed, apply_router_weight_on_input, swiglu_limit, swiglu_alpha, _allow_tf32(x), w13_main_grad,
+        w2_main_grad, save_hidden,
     )  # fmt: skip
     return y  # type: ignore[no-any-return]
 
@@ -361,6 +385,16 @@ def _gated(
         return None
     is_gated = rows == 2 * inner if gated is None else gated
     return is_gated if rows == (2 * inner if is_gated else inner) and E * H * inner != 0 else None
+
+
+def _allow_tf32(t: Tensor) -> bool:
+    """What torch has been told about float32 products on a GPU."""
+    if t.dtype != torch.float32:
+        return False
+    try:
+        return torch.backends.cuda.matmul.allow_tf32
+    except RuntimeError:  # it was told by the newer name
+        return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def _any_requires_grad(*tensors: Tensor | None) -> bool:

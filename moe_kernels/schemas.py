@@ -48,22 +48,28 @@ SCHEMAS = {
     "permute": "(Tensor x, Tensor topk_ids, int num_experts, int align) -> (Tensor, Tensor, Tensor, Tensor)",
     # grad_rows [P, H] -> grad of x [T, H]
     "permute_backward": "(Tensor grad_rows, Tensor slot_to_row, int num_tokens) -> Tensor",
-    # the four 2-D and 3-D cases of a grouped matrix product; out_dtype is a code
-    "grouped_gemm": "(Tensor a, Tensor b, Tensor? offs, Tensor? bias, int out_dtype) -> Tensor",
+    # the four 2-D and 3-D cases of a grouped matrix product; out_dtype is a code; allow_tf32 is for float32 on a GPU,
+    # and main_grad for the backward
+    "grouped_gemm": "(Tensor a, Tensor b, Tensor? offs, Tensor? bias, int out_dtype, bool allow_tf32, "
+    "Tensor? main_grad) -> Tensor",
+    # a [M, k], grad [M, N], offs [E] -> main_grad [E, k, N] acc += a^T grad by group; it or its mT is contiguous
+    "grouped_gemm_backward": "(Tensor a, Tensor grad, Tensor offs, Tensor(a!) main_grad, bool allow_tf32) -> ()",
     # rows [P, H] -> y [T, H]
     "unpermute": "(Tensor rows, Tensor slot_to_row, Tensor topk_weights) -> Tensor",
     # -> grad_rows [P, H], grad_weights [T, K]
     "unpermute_backward": "(Tensor grad_y, Tensor rows, Tensor slot_to_row, Tensor topk_weights) -> (Tensor, Tensor)",
-    # -> y [T, H], hidden (opaque, for the backward; [0] unless save_hidden)
+    # -> y [T, H], hidden (opaque, for the backward; [0] unless save_hidden). The main gradients are for the backward.
     "fused_experts": "(Tensor x, Tensor w13, Tensor w2, Tensor topk_weights, Tensor topk_ids, Tensor? w13_bias, "
     "Tensor? w2_bias, Tensor? expert_map, Tensor? hidden_mask, int activation, bool gated, bool interleaved, "
-    "bool transposed, bool weight_on_input, float swiglu_limit, float swiglu_alpha, bool save_hidden) "
-    "-> (Tensor, Tensor)",
-    # -> grads of x, w13, w2, topk_weights, w13_bias, w2_bias; `needs` is a bit mask in that order; not needed: [0]
+    "bool transposed, bool weight_on_input, float swiglu_limit, float swiglu_alpha, bool allow_tf32, "
+    "Tensor? w13_main_grad, Tensor? w2_main_grad, bool save_hidden) -> (Tensor, Tensor)",
+    # -> grads of x, w13, w2, topk_weights, w13_bias, w2_bias; `needs` is a bit mask in that order; not needed, or
+    # added to a main gradient: [0]
     "fused_experts_backward": "(Tensor grad_y, Tensor hidden, Tensor x, Tensor w13, Tensor w2, Tensor topk_weights, "
     "Tensor topk_ids, Tensor? w13_bias, Tensor? w2_bias, Tensor? expert_map, Tensor? hidden_mask, int activation, "
     "bool gated, bool interleaved, bool transposed, bool weight_on_input, float swiglu_limit, float swiglu_alpha, "
-    "int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bool allow_tf32, Tensor(a!)? w13_main_grad, Tensor(b!)? w2_main_grad, int needs) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     # -> packed13 [E, ceil(I/32), 2 or 1, H, 32], packed2 [E, ceil(H/32), I, 32]; column c of panel p is unit p*32 + c
     "pack_experts": "(Tensor w13, Tensor w2, bool gated, bool interleaved, bool transposed, int dtype) "
     "-> (Tensor, Tensor)",

@@ -26,8 +26,6 @@ sys.path.insert(0, str(simt_ops.ROOT / "tests/simt"))
 import programs
 
 CUDA = simt_ops.ROOT / "csrc/cuda"
-KERNELS = ("grouped_wgrad", "decode", "grouped_gemm", "grouped_gemm_bf16", "grouped_gemm_f16", "grouped_gemm_tf32",
-           "grouped_fma")  # fmt: skip
 
 
 # ---- structs of the headers as ctypes
@@ -78,9 +76,11 @@ def make(struct: str, **values: Any) -> Any:
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """Builds and loads the launchers. Errors: RuntimeError with the compiler's words."""
-    sources = [*(CUDA / f"{name}.cu" for name in KERNELS), simt_ops.ROOT / "tests/simt/direct.cpp"]
-    found = ctypes.CDLL(str(programs.build("direct.so", sources, link_flags="-shared")))
+    """Links and loads the launchers. Errors: RuntimeError with the compiler's words."""
+    programs.build_simt.build()
+    sources = [simt_ops.ROOT / "tests/simt/direct.cpp"]
+    ready = programs.build_simt.kernel_objects()
+    found = ctypes.CDLL(str(programs.build("direct.so", sources, link_flags="-shared", ready=ready)))
     found.moe_test_register.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p, ctypes.c_bool]
     found.moe_test_unregister.argtypes = [ctypes.c_void_p]
     found.moe_simt_audit_stop.restype = ctypes.c_char_p
@@ -123,6 +123,14 @@ def call(name: str, args: ctypes.Structure, reads: dict[str, Tensor | None], wri
 
 def uses_mma(name: str, args: ctypes.Structure) -> bool:
     return bool(function(f"{name}_uses_mma", ctypes.c_bool)(ctypes.byref(args)))
+
+
+def wgrad_parts(args: ctypes.Structure) -> int:
+    return int(function("grouped_wgrad_parts", ctypes.c_int64)(ctypes.byref(args)))
+
+
+def wgrad_partial_bytes(args: ctypes.Structure) -> int:
+    return int(function("grouped_wgrad_partial_bytes", ctypes.c_int64)(ctypes.byref(args)))
 
 
 @contextmanager

@@ -26,7 +26,7 @@ class Case:
     """Random sides for experts with these many rows. What no expert may read is NaN: rows behind the last expert, and
     columns beside a side that is part of something wider."""
 
-    def __init__(self, counts, N, K, kind, *, gather="", weighted=False, padding=False, per_token=2, seed=0):
+    def __init__(self, counts, N, K, kind, *, gather="", padding=False, per_token=2, seed=0):
         g = torch.Generator().manual_seed(seed)
         self.counts, self.N, self.K, self.kind, self.per_token = counts, N, K, kind, per_token
         self.dtype = torch.float32 if kind == TF32 else kind
@@ -37,7 +37,6 @@ class Case:
         if padding:
             self.slots[torch.rand(self.S, generator=g) < 0.3] = -1
         self.slots[sum(counts) :] = 2**30  # never looked up
-        self.weights = torch.rand(tokens * per_token, generator=g, dtype=torch.float64) if weighted else None
         self.sides, self.rows = [], []
         live = self.slots[: sum(counts)].long()
         for name, width in (("n", N), ("k", K)):
@@ -50,10 +49,6 @@ class Case:
             self.sides.append((wide[:, :width], name in gather))
             rows = data[(live // per_token).clamp(min=0)] if name in gather else data[: sum(counts)]
             self.rows.append(torch.where((live < 0)[:, None], 0.0, rows.double()) if name in gather else rows.double())
-        if weighted:
-            self.weights = self.weights.to(acc_dtype(self.dtype))
-            scale = torch.where(live < 0, 0.0, self.weights[live.clamp(min=0)].double())
-            self.rows[0] = scale[:, None] * self.rows[0]
 
     def truth(self, out_dtype, before=None):
         """float64, and what a correct kernel may differ by."""
@@ -67,8 +62,6 @@ class Case:
         unit = UNIT[acc_dtype(self.dtype)] * terms.sqrt()
         if self.kind == TF32:
             unit = unit + math.sqrt(2) * 2.0**-11  # both sides, rounded to nearest
-        if self.weights is not None:
-            unit = unit + UNIT[self.dtype]
         if before is not None:
             value, size = value + before.double(), size + before.double().abs()
         return value, SAFETY * (unit * size + rounding(value, out_dtype))
@@ -76,18 +69,16 @@ class Case:
     def arguments(self, out, **options):
         """GroupedWgradArgs and what the kernel may read."""
         sides = {}
-        reads = {"ends": self.ends, "row_to_slot": self.slots}
+        reads = {"ends": self.ends, "gather": self.slots}
         for name, (data, gathered) in zip("nk", self.sides):
             sides[f"{name}_side"] = direct.make(
                 "WgradSide", data=data, row_stride=data.stride(0), col_stride=data.stride(1),
                 gather=self.slots if gathered else None, per_token=self.per_token,
             )  # fmt: skip
             reads[name] = data
-        if self.weights is not None:
-            sides["topk_weights"] = reads["topk_weights"] = self.weights
         args = direct.make(
             "GroupedWgradArgs", E=len(self.counts), S=self.S, N=self.N, K=self.K, dtype=self.dtype,
-            out_dtype=out.dtype, allow_tf32=self.kind == TF32, row_to_slot=self.slots, ends=self.ends, out=out,
+            out_dtype=out.dtype, allow_tf32=self.kind == TF32, ends=self.ends, out=out,
             out_expert=out.stride(0), out_row=out.stride(1), out_col=out.stride(2), **(sides | options),
         )  # fmt: skip
         return args, reads
@@ -97,15 +88,18 @@ class Case:
         out = torch.full(size, math.nan, dtype=out_dtype or self.dtype)
         return out.mT if transposed else out
 
-    def run(self, out_dtype=None, *, transposed=False, mma=None):
-        out = self.empty(out_dtype, transposed)
-        args, reads = self.arguments(out)
+    def partial(self, parts):
+        return torch.full((parts, len(self.counts), self.N * self.K), math.nan, dtype=acc_dtype(self.dtype))
+
+    def run(self, out_dtype=None, *, transposed=False, mma=None, parts=1):
+        out, partial = self.empty(out_dtype, transposed), self.partial(parts)
+        args, reads = self.arguments(out, **({"parts": parts, "partial": partial} if parts > 1 else {}))
         assert mma is None or direct.uses_mma("grouped_wgrad", args) == mma
-        direct.call("grouped_wgrad", args, reads, {"out": out})
+        direct.call("grouped_wgrad", args, reads, {"out": out, "partial": partial})
         return out
 
-    def compare(self, out_dtype=None, *, transposed=False, mma=None):
-        out = self.run(out_dtype, transposed=transposed, mma=mma)
+    def compare(self, out_dtype=None, *, transposed=False, mma=None, parts=1):
+        out = self.run(out_dtype, transposed=transposed, mma=mma, parts=parts)
         check(out, *self.truth(out.dtype), "out")
         empty = torch.tensor(self.counts) == 0
         assert out[empty].eq(0).all(), "an expert without rows has a gradient of exactly 0"
@@ -126,13 +120,12 @@ def test_widths(kind, N, K):
     Case((7, 0, 33), N, K, kind).compare(mma=kind in ON_TENSOR_CORES and N % 8 == 0)
 
 
-@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("gather", ["", "n", "k", "nk"])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_rows_in_place_or_gathered(kind, gather, weighted):
-    """Either side, with padding rows where it is gathered; the weight of a row is that of its slot."""
-    Case((21, 0, 47), 40, 24, kind, gather=gather, weighted=weighted, padding=bool(gather), per_token=3).compare()
-    Case((50,), 5, 3, kind, gather=gather, weighted=weighted, padding=bool(gather)).compare(mma=False)
+def test_rows_in_place_or_gathered(kind, gather):
+    """Either side, with padding rows where it is gathered."""
+    Case((21, 0, 47), 40, 24, kind, gather=gather, padding=bool(gather), per_token=3).compare()
+    Case((50,), 5, 3, kind, gather=gather, padding=bool(gather)).compare(mma=False)
 
 
 @pytest.mark.parametrize("per_token", [1, 3, 6, 7, 22, 641])
@@ -159,7 +152,7 @@ def quotient(d):
 def test_either_major_and_a_float32_gradient(kind, transposed, out_dtype):
     if kind == torch.float64 and out_dtype is not None:
         out_dtype = torch.float64
-    case = Case((30, 0, 9), 72, 136, kind, gather="k", weighted=True)
+    case = Case((30, 0, 9), 72, 136, kind, gather="k")
     case.compare(out_dtype, transposed=transposed, mma=kind in ON_TENSOR_CORES)
 
 
@@ -235,18 +228,88 @@ def test_ends_are_not_trusted(kind):
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("seed", range(3))
 def test_every_schedule_gives_the_same_bits(kind, seed):
-    case = Case((40, 3, 0, 131), 24, 40, kind, gather="k", weighted=True)
-    found = []
-    for first in (0, 1 + 3 * seed, 2 + 3 * seed, 3 + 3 * seed):
-        simt_ops.restart(first)
-        found.append(case.run())
-    assert all(torch.equal(found[0], other) for other in found[1:])
+    case = Case((40, 3, 0, 131), 24, 40, kind, gather="k")
+    for parts in (1, 3):
+        found = []
+        for first in (0, 1 + 3 * seed, 2 + 3 * seed, 3 + 3 * seed):
+            simt_ops.restart(first)
+            found.append(case.run(parts=parts))
+        assert all(torch.equal(found[0], other) for other in found[1:])
 
 
 def test_nothing_to_do():
     Case((), 8, 8, torch.bfloat16).run()
     assert Case((0, 0), 8, 8, torch.bfloat16).run().eq(0).all()
     assert Case((0, 4), 0, 8, torch.bfloat16).run().shape == (2, 0, 8)
+
+
+# ---- rows in parts: few tiles and many rows
+
+
+@pytest.mark.parametrize("parts", [2, 3, 7])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_parts(kind, parts):
+    """Experts with fewer rows than parts, none, rows that fill no stage, and a last part that is empty."""
+    Case((5, 0, 40), 72, 40, kind, gather="k").compare(mma=kind in ON_TENSOR_CORES, parts=parts)
+    Case((0, 150, 33), 16, 136, kind).compare(transposed=True, parts=parts)
+    Case((37, 2), 5, 3, kind).compare(parts=parts, mma=False)
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_parts_of_any_type(kind, out_dtype):
+    Case((70, 0, 20), 24, 16, kind).compare(out_dtype, parts=2)
+
+
+def test_one_part_of_several_is_what_one_block_sums():
+    """The parts are stretches of whole stages in order: their sums are those of experts with just these rows."""
+    whole, kind = Case((96,), 24, 40, torch.bfloat16), torch.float32
+    apart = Case((32, 32, 32), 24, 40, torch.bfloat16)
+    apart.sides, apart.S = whole.sides, whole.S
+    thirds = apart.run(kind)
+    assert torch.equal(whole.run(kind, parts=3)[0], thirds[0] + thirds[1] + thirds[2])
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32, TF32, torch.bfloat16], ids=str)
+def test_parts_accumulate(kind):
+    case = Case((17, 0, 90), 40, 72, kind)
+    before = torch.randn(3, 40, 72).to(acc_dtype(case.dtype))
+    before[1] = math.nan
+    out, partial = before.clone(), case.partial(2)
+    args, reads = case.arguments(out, accumulate=True, parts=2, partial=partial)
+    direct.call("grouped_wgrad", args, reads | {"out": out}, {"partial": partial})
+    truth, bound = case.truth(out.dtype, before)
+    check(out[[0, 2]], truth[[0, 2]], bound[[0, 2]], "out")
+    assert out[1].isnan().all(), "an expert without rows keeps what it had"
+
+
+def test_parts_need_memory():
+    case = Case((17,), 8, 8, torch.bfloat16)
+    out = case.empty()
+    args, reads = case.arguments(out, parts=2)
+    with pytest.raises(RuntimeError, match="invalid"):
+        direct.call("grouped_wgrad", args, reads, {"out": out})
+
+
+@pytest.mark.parametrize(("E", "S", "N", "K", "dtype", "parts"), [
+    (1, 65536, 1024, 1024, torch.bfloat16, 5),  # 64 tiles, room for 264
+    (8, 16384, 512, 256, torch.bfloat16, 4),  # 64 tiles, but an expert has 2048 rows, if they are spread evenly
+    (8, 16384, 512, 2048, torch.bfloat16, 1),  # 512 tiles: the processors are full
+    (66, 2**20, 256, 128, torch.bfloat16, 2),  # 132 tiles
+    (1, 512, 128, 128, torch.bfloat16, 1), (1, 1024, 128, 128, torch.bfloat16, 2),
+    (1, 2**30, 128, 128, torch.bfloat16, 264),
+    (1, 2**30, 128, 128, torch.float32, 66),  # tiles of 64 x 64
+    (4, 0, 128, 128, torch.bfloat16, 1),
+])  # fmt: skip
+def test_how_many_parts(E, S, N, K, dtype, parts):
+    """Of sizes and the processors alone, which are 132 here; never of where the rows are."""
+    args = direct.make("GroupedWgradArgs", E=E, S=S, N=N, K=K, dtype=dtype, out_dtype=dtype, out_row=K, out_col=1,
+                       out_expert=N * K,
+                       n_side=direct.make("WgradSide", row_stride=N, col_stride=1),
+                       k_side=direct.make("WgradSide", row_stride=K, col_stride=1))  # fmt: skip
+    assert direct.wgrad_parts(args) == parts
+    args.parts = parts
+    assert direct.wgrad_partial_bytes(args) == (0 if parts == 1 else parts * E * N * K * 4)
 
 
 # ---- addresses
@@ -261,11 +324,11 @@ def source(record):
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("kind", ON_TENSOR_CORES, ids=str)
 def test_whole_sectors_and_no_bank_conflict(kind, transposed, out_dtype):
-    case = Case((64, 32), 128, 128, kind, gather="n", weighted=True)
+    case = Case((64, 32), 128, 128, kind, gather="n")
     case.sides = [(data.clone(), gathered) for data, gathered in case.sides]  # rows of whole sectors
     with direct.audit() as records:
         case.run(out_dtype, transposed=transposed, mma=True)
-    single = ("ends[e", "__ldg(args.row_to_slot + r)", "cp_async_ca_4(", "__ldg(gather + r)")  # one number a row
+    single = ("ends[e", "__ldg(at + i * Tile::kRowsAtOnce)")  # one number a row
     worse = {source(r) for r in records if r["served"] > r["ideal"]}
     assert not {text for text in worse if not any(word in text for word in single)}
     size = 2 if case.dtype == torch.bfloat16 or case.dtype == torch.float16 else 4

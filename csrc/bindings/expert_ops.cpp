@@ -14,7 +14,8 @@ struct Mlp {
 
   Mlp(const char* op, const Tensor& x_, int64_t E, int64_t I, DType weight_dtype, const Tensor& topk_weights,
       const Tensor& topk_ids, const MaybeTensor& w13_bias_, const MaybeTensor& w2_bias_, const MaybeTensor& expert_map,
-      const MaybeTensor& hidden_mask_, int64_t activation, bool gated, bool weight_on_input, double limit, double alpha)
+      const MaybeTensor& hidden_mask_, int64_t activation, bool gated, bool weight_on_input, double limit, double alpha,
+      bool allow_tf32 = false)
       : x(with_contiguous_rows(x_)) {
     const DType dtype = dtype_of(op, "x", x);
     const ScalarType acc = acc_of(dtype);
@@ -46,7 +47,8 @@ struct Mlp {
     run(x, index);
     args.T = T, args.H = H, args.I = I, args.E = E, args.K = K, args.dtype = dtype, args.weight_dtype = weight_dtype;
     args.activation = Activation(activation), args.gated = gated, args.weight_on_input = weight_on_input;
-    args.limit = limit, args.alpha = alpha, args.x = x.const_data_ptr(), args.x_stride = T ? x.stride(0) : H;
+    args.limit = limit, args.alpha = alpha, args.allow_tf32 = allow_tf32, args.x = x.const_data_ptr(),
+    args.x_stride = T ? x.stride(0) : H;
     args.w13_bias = data_of(w13_bias), args.w2_bias = data_of(w2_bias), args.topk_weights = weights.const_data_ptr();
     args.hidden_mask = data_of(hidden_mask), args.row_to_slot = row_to_slot.const_data_ptr<int32_t>();
     args.slot_to_row = to_row, args.expert_offsets = expert_offsets.const_data_ptr<int32_t>();
@@ -67,11 +69,13 @@ std::tuple<Tensor, Tensor> fused_experts(const Tensor& x, const Tensor& w13, con
                                          const MaybeTensor& w13_bias, const MaybeTensor& w2_bias,
                                          const MaybeTensor& expert_map, const MaybeTensor& hidden_mask,
                                          int64_t activation, bool gated, bool interleaved, bool transposed,
-                                         bool weight_on_input, double limit, double alpha, bool save_hidden) {
+                                         bool weight_on_input, double limit, double alpha, bool allow_tf32,
+                                         const MaybeTensor& /*w13_main_grad*/, const MaybeTensor& /*w2_main_grad*/,
+                                         bool save_hidden) {  // main gradients: for the backward
   require(w13.dim() == 3 && w2.dim() == 3, "fused_experts: w13 and w2 must be 3-D");
   Mlp mlp("fused_experts", x, w13.size(0), w2.size(transposed ? 1 : 2), dtype_of("fused_experts", "w13", w13),
           topk_weights, topk_ids, w13_bias, w2_bias, expert_map, hidden_mask, activation, gated, weight_on_input, limit,
-          alpha);
+          alpha, allow_tf32);
   mlp.set_weights("fused_experts", w13, w2, interleaved, transposed);
   const ExpertMlp& p = mlp.args;
   Tensor y = empty(mlp.x, {p.T, p.H}, x.scalar_type());
@@ -86,11 +90,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_experts_backwar
     const Tensor& grad_y_, const Tensor& hidden, const Tensor& x, const Tensor& w13, const Tensor& w2,
     const Tensor& topk_weights, const Tensor& topk_ids, const MaybeTensor& w13_bias, const MaybeTensor& w2_bias,
     const MaybeTensor& expert_map, const MaybeTensor& hidden_mask, int64_t activation, bool gated, bool interleaved,
-    bool transposed, bool weight_on_input, double limit, double alpha, int64_t needs) {
+    bool transposed, bool weight_on_input, double limit, double alpha, bool allow_tf32,
+    const MaybeTensor& w13_main_grad, const MaybeTensor& w2_main_grad, int64_t needs) {
   constexpr const char* op = "fused_experts_backward";
   require(w13.dim() == 3 && w2.dim() == 3, op, ": w13 and w2 must be 3-D");
   Mlp mlp(op, x, w13.size(0), w2.size(transposed ? 1 : 2), dtype_of(op, "w13", w13), topk_weights, topk_ids, w13_bias,
-          w2_bias, expert_map, hidden_mask, activation, gated, weight_on_input, limit, alpha);
+          w2_bias, expert_map, hidden_mask, activation, gated, weight_on_input, limit, alpha, allow_tf32);
   mlp.set_weights(op, w13, w2, interleaved, transposed);
   const ExpertMlp& p = mlp.args;
   const int64_t rows = gated ? 2 * p.I : p.I;
@@ -103,12 +108,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_experts_backwar
   };
   const auto sizes_of = [](const Tensor& t) { return std::vector<int64_t>(t.sizes().begin(), t.sizes().end()); };
   const ScalarType weight_type = w13.scalar_type();
-  Tensor grad_x = result(0, {p.T, p.H}, x.scalar_type()), grad_w13 = result(1, sizes_of(w13), weight_type);
-  Tensor grad_w2 = result(2, sizes_of(w2), weight_type), grad_weights = result(3, {p.T, p.K}, acc_of(p.dtype));
+  const auto of_weight = [&](int bit, const Tensor& w, const MaybeTensor& main, const char* name) {
+    if (!main) return result(bit, sizes_of(w), weight_type);
+    want(op, name, *main, sizes_of(w));
+    require(main->scalar_type() == acc_of(p.weight_dtype) && main->is_contiguous(), op, ": ", name,
+            " must be contiguous and of the dtype of the sums");
+    return *main;
+  };
+  Tensor grad_x = result(0, {p.T, p.H}, x.scalar_type());
+  Tensor grad_w13 = of_weight(1, w13, w13_main_grad, "w13_main_grad");
+  Tensor grad_w2 = of_weight(2, w2, w2_main_grad, "w2_main_grad");
+  Tensor grad_weights = result(3, {p.T, p.K}, acc_of(p.dtype));
   Tensor grad_b13 = result(4, {p.E, rows}, weight_type), grad_b2 = result(5, {p.E, p.H}, weight_type);
   if (!kOnDevice) {
-    ask_for_huge_pages(grad_w13, grad_w13.numel() * dtype_bytes(p.weight_dtype));
-    ask_for_huge_pages(grad_w2, grad_w2.numel() * dtype_bytes(p.weight_dtype));
+    ask_for_huge_pages(grad_w13, grad_w13.numel() * int64_t(grad_w13.element_size()));
+    ask_for_huge_pages(grad_w2, grad_w2.numel() * int64_t(grad_w2.element_size()));
   }
   const auto out = [&](int bit, Tensor& t) { return needs >> bit & 1 ? t.mutable_data_ptr() : nullptr; };
   if (needs >> 3 & 1) torch::stable::zero_(grad_weights);  // of absent slots
@@ -124,10 +138,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_experts_backwar
                                 out(5, grad_b2),
                                 {},
                                 {},
+                                w13_main_grad.has_value(),
+                                w2_main_grad.has_value(),
                                 nullptr};
   if (needs >> 1 & 1) args.w13_out = weight_of(grad_w13, transposed);
   if (needs >> 2 & 1) args.w2_out = weight_of(grad_w2, transposed);
   run(mlp.x, args);
+  const Tensor nothing = empty(mlp.x, {0}, weight_type);  // what was added to a main gradient is not returned
+  if (w13_main_grad) grad_w13 = nothing;
+  if (w2_main_grad) grad_w2 = nothing;
   return {grad_x, grad_w13, grad_w2, to_type(grad_weights, topk_weights.scalar_type()), grad_b13, grad_b2};
 }
 

@@ -26,6 +26,7 @@ inline int64_t device_bytes(const PermuteIndexArgs& args) {
 inline int64_t device_bytes(const UnpermuteBackwardArgs& args) {
   return cuda::unpermute_backward_workspace_bytes(args.P);
 }
+inline int64_t device_bytes(const GroupedGemmArgs& args) { return cuda::grouped_gemm_workspace_bytes(args); }
 inline int64_t device_bytes(const FusedExpertsArgs& args) { return cuda::fused_experts_workspace_bytes(args); }
 inline int64_t device_bytes(const FusedExpertsBackwardArgs& args) {
   return cuda::fused_experts_backward_workspace_bytes(args);

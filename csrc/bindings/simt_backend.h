@@ -123,7 +123,9 @@ inline void declare(Buffers& buffers, const Tensor&, const GroupedGemmArgs& a) {
   const int64_t weights = a.grouped == Grouped::contraction ? 1 : a.G;
   if (weights * a.N * a.K > 0) buffers.in("b", a.b.data, extent(a.b, weights, a.N, a.K, bytes));
   buffers.in("offs", a.offs, a.G * 4), buffers.in("bias", a.bias, a.G * a.N * bytes);
-  if (a.bias && a.grouped == Grouped::contraction) buffers.in("out", a.out, out);  // holds the bias
+  const bool added = a.accumulate || (a.bias && a.grouped == Grouped::contraction);  // to what is there
+  buffers.out("workspace", a.workspace, device_bytes(a));
+  if (added) buffers.in("out", a.out, out);
   else buffers.out("out", a.out, out);
 }
 inline void declare(Buffers& buffers, const ExpertMlp& p) {
@@ -147,13 +149,17 @@ inline void declare(Buffers& buffers, const Tensor&, const FusedExpertsArgs& a) 
 inline void declare(Buffers& buffers, const Tensor&, const FusedExpertsBackwardArgs& a) {
   const ExpertMlp& p = a.mlp;
   const int64_t bytes = dtype_bytes(p.dtype), of_weight = dtype_bytes(p.weight_dtype), S = p.T * p.K;
-  const int64_t rows = p.gated ? 2 * p.I : p.I;
+  const int64_t acc = acc_bytes(p.dtype), rows = p.gated ? 2 * p.I : p.I;
   declare(buffers, p);
   buffers.in("grad_y", a.grad_y, extent(p.T, p.H, a.grad_y_stride, bytes));
   buffers.in("hidden", a.hidden, S * rows * bytes), buffers.out("grad_x", a.grad_x, p.T * p.H * bytes);
-  buffers.out("grad_w13", a.grad_w13, p.E * rows * p.H * of_weight);
-  buffers.out("grad_w2", a.grad_w2, p.E * p.H * p.I * of_weight);
-  buffers.in("grad_topk_weights", a.grad_topk_weights, S * acc_bytes(p.dtype));  // zeroed by the binding
+  const auto gradient = [&](const char* name, void* to, int64_t count, bool main) {
+    if (main) buffers.in(name, to, count * acc);
+    else buffers.out(name, to, count * of_weight);
+  };
+  gradient("grad_w13", a.grad_w13, p.E * rows * p.H, a.w13_main);
+  gradient("grad_w2", a.grad_w2, p.E * p.H * p.I, a.w2_main);
+  buffers.in("grad_topk_weights", a.grad_topk_weights, S * acc);  // zeroed by the binding
   buffers.out("grad_w13_bias", a.grad_w13_bias, p.E * rows * of_weight);
   buffers.out("grad_w2_bias", a.grad_w2_bias, p.E * p.H * of_weight);
   buffers.out("workspace", a.workspace, device_bytes(a));

@@ -75,9 +75,11 @@ template <class W> class Backward {
     const Left<A> by_token_x{x_.data, x_.stride, rows_.row_to_token},
         by_token_y{grad_y_.data, grad_y_.stride, rows_.row_to_token};
     if (args_.grad_w13)
-      weight_gradient({buffers_.grad_h, rows13(p_)}, rows13(p_), by_token_x, p_.H, args_.w13_out, args_.grad_w13);
+      weight_gradient({buffers_.grad_h, rows13(p_)}, rows13(p_), by_token_x, p_.H, args_.w13_out, args_.grad_w13,
+                      args_.w13_main);
     if (args_.grad_w2)
-      weight_gradient(by_token_y, p_.H, {buffers_.weighted_act, p_.I}, p_.I, args_.w2_out, args_.grad_w2);
+      weight_gradient(by_token_y, p_.H, {buffers_.weighted_act, p_.I}, p_.I, args_.w2_out, args_.grad_w2,
+                      args_.w2_main);
   }
 
  private:
@@ -185,8 +187,8 @@ template <class W> class Backward {
 
   /// grad[e][n][k] = sum over the rows r of e of n_side[r][n] * k_side[r][k]. The contiguous index of the output takes
   /// the vectors; the other one is cut into tasks.
-  void weight_gradient(Left<A> n_side, int64_t n_size, Left<A> k_side, int64_t k_size, const Weight& out,
-                       void* grad) const {
+  void weight_gradient(Left<A> n_side, int64_t n_size, Left<A> k_side, int64_t k_size, const Weight& out, void* grad,
+                       bool main) const {
     if (out.col_stride != 1) std::swap(n_side, k_side), std::swap(n_size, k_size);
     const int64_t blocks = ceil_div(n_size, kWgradRows), rows = p_.expert_offsets[p_.E];
     for_tasks(workers_, ceil_div(k_size, kPair), [&](int32_t, int64_t panel) {
@@ -195,20 +197,23 @@ template <class W> class Backward {
     });
     for_tasks(workers_, p_.E * blocks, [&](int32_t worker, int64_t task) {
       const int64_t e = task / blocks, n0 = task % blocks * kWgradRows, n = std::min(kWgradRows, n_size - n0);
-      W* block = static_cast<W*>(grad) + e * out.expert_stride + n0 * k_size;
-      if (rows_.begin(e) == rows_.end(e)) std::memset(static_cast<void*>(block), 0, n * k_size * sizeof(W));
-      else weight_gradient_block(worker, e, n_side, n0, n, k_size, block);
+      const int64_t at = e * out.expert_stride + n0 * k_size;
+      W* block = static_cast<W*>(grad) + at;
+      A* sums = main ? static_cast<A*>(grad) + at : nullptr;
+      if (rows_.begin(e) < rows_.end(e)) weight_gradient_block(worker, e, n_side, n0, n, k_size, block, sums);
+      else if (!main) std::memset(static_cast<void*>(block), 0, n * k_size * sizeof(W));
     });
   }
 
+  /// main: the sums are added to it, else they become block.
   void weight_gradient_block(int32_t worker, int64_t e, const Left<A>& n_side, int64_t n0, int64_t n, int64_t k_size,
-                             W* block) const {
+                             W* block, A* main) const {
     A *left = panel(worker), *sum = left + kWgradDepth * kWgradRows;
     const int64_t rows = p_.expert_offsets[p_.E];
     const bool once = rows_.end(e) - rows_.begin(e) <= kWgradDepth;  // the left side stays packed over all of k
     for (int64_t k0 = 0; k0 < k_size; k0 += kPair) {
       const int64_t k = std::min(kPair, k_size - k0), width = k > kPanel ? kPair : kPanel;
-      const bool in_place = std::is_same_v<W, A> && k == width;  // the sums go straight to the gradient
+      const bool in_place = !main && std::is_same_v<W, A> && k == width;  // the sums go straight to the gradient
       A* c = in_place ? reinterpret_cast<A*>(block + k0) : sum;
       for (int64_t r0 = rows_.begin(e); r0 < rows_.end(e); r0 += kWgradDepth) {
         const int64_t depth = std::min(kWgradDepth, rows_.end(e) - r0);
@@ -218,7 +223,8 @@ template <class W> class Backward {
         tile<A>().outer({columns, right, kPair, c, in_place ? k_size : kPair, n, width, depth, r0 > rows_.begin(e),
                          kPanel, in_place && once});
       }
-      if (!in_place) tile<W>().narrow(sum, kPair, block + k0, k_size, n, k);
+      for (int64_t i = 0; main && i < n; ++i) math<A>().axpy(A(1), sum + i * kPair, main + i * k_size + k0, k);
+      if (!main && !in_place) tile<W>().narrow(sum, kPair, block + k0, k_size, n, k);
     }
   }
 

@@ -66,6 +66,11 @@ template <class A> Left<A> left_at(const GroupedGemmArgs& a, const A* copy, int6
 
 /// Writes rows of c to the output, n columns from element `at` on.
 template <class A> void store(const GroupedGemmArgs& a, const A* c, int64_t at, int64_t rows, int64_t n) {
+  if (a.accumulate) {
+    for (int64_t m = 0; m < rows; ++m)
+      for (int64_t j = 0; j < n; ++j) static_cast<A*>(a.out)[at + m * a.N + j] += c[m * kPair + j];
+    return;
+  }
   if ((sizeof(A) == 8) == (a.out_dtype == DType::f64)) return narrow(a.out_dtype, c, kPair, a.out, at, a.N, rows, n);
   visit_dtype(a.out_dtype, [&](auto tag) {
     using Out = decltype(tag);
@@ -130,7 +135,7 @@ int64_t grouped_gemm_workspace_bytes(const GroupedGemmArgs& a, const Workers& wo
 
 void grouped_gemm(const GroupedGemmArgs& a, const Workers& workers) {
   visit_dtype(a.dtype, [&](auto tag) { run<decltype(tag)>(a, workers); });
-  if (a.offs) zero_rest(a);
+  if (a.offs && !a.accumulate) zero_rest(a);
 }
 
 }  // namespace moe::cpu

@@ -5,6 +5,8 @@
 // Kept for the backward: x and the first product. Recomputing runs the first product again.
 #include "fused_experts.cuh"
 
+#include <algorithm>
+
 #include "decode.h"
 #include "grouped_gemm.h"
 #include "grouped_wgrad.h"
@@ -43,7 +45,7 @@ class Space {
 /// The first product with its activation.
 GroupedRows up_product(const ExpertMlp& p, void* hidden, void* act) {
   GroupedRows g{};
-  g.E = p.E, g.S = slots(p), g.N = rows13(p), g.K = p.H, g.dtype = p.dtype;
+  g.E = p.E, g.S = slots(p), g.N = rows13(p), g.K = p.H, g.dtype = p.dtype, g.allow_tf32 = p.allow_tf32;
   g.a = p.x, g.a_stride = p.x_stride, g.gather = p.row_to_slot, g.per_token = p.K;
   g.b = p.w13, g.ends = ends_of(p);
   RowsEpilogue& e = g.epilogue;
@@ -57,8 +59,8 @@ GroupedRows up_product(const ExpertMlp& p, void* hidden, void* act) {
 GroupedRows row_product(const ExpertMlp& p, const void* rows, int64_t K, const Weight& w, const void* bias, int64_t N,
                         void* out) {
   GroupedRows g{};
-  g.E = p.E, g.S = slots(p), g.N = N, g.K = K, g.dtype = p.dtype, g.a = rows, g.a_stride = K, g.b = w;
-  g.ends = ends_of(p);
+  g.E = p.E, g.S = slots(p), g.N = N, g.K = K, g.dtype = p.dtype, g.allow_tf32 = p.allow_tf32;
+  g.a = rows, g.a_stride = K, g.b = w, g.ends = ends_of(p);
   g.epilogue.kind = Epilogue::plain, g.epilogue.bias = bias;
   g.epilogue.out = out, g.epilogue.out_stride = N, g.epilogue.out_dtype = p.dtype;
   return g;
@@ -71,11 +73,29 @@ cudaError_t combine(const ExpertMlp& p, const void* rows, const void* weights, v
 
 // ---------------------------------------------------------------- backward
 
+/// Where a weight gradient goes.
+struct WgradOut {
+  const Weight& layout;
+  void* data;  // null: nobody wants it
+  bool main;   // of acc, added to
+};
+GroupedWgradArgs wgrad(const ExpertMlp& p, const WgradSide& n_side, int64_t N, const WgradSide& k_side, int64_t K,
+                       const WgradOut& out) {
+  GroupedWgradArgs w{};
+  w.E = p.E, w.S = slots(p), w.N = N, w.K = K, w.dtype = w.out_dtype = p.dtype, w.allow_tf32 = p.allow_tf32;
+  if (out.main) w.accumulate = true, w.out_dtype = p.dtype == DType::f64 ? DType::f64 : DType::f32;
+  w.n_side = n_side, w.k_side = k_side, w.ends = ends_of(p), w.out = out.data;
+  w.out_expert = out.layout.expert_stride, w.out_row = out.layout.row_stride, w.out_col = out.layout.col_stride;
+  w.parts = out.data ? grouped_wgrad_parts(w) : 1;
+  return w;
+}
+
 /// What the backward keeps between its launches.
 struct Buffers {
   void *hidden, *grad_hidden, *grad_biased, *act, *parts, *rows;
   GroupedRows down;  // grad_y W2 with the activation's backward
   int64_t parts_count;
+  GroupedWgradArgs w13, w2;  // share the memory of their parts: one after the other
 
   Buffers(const FusedExpertsBackwardArgs& a, Space& space) {
     const ExpertMlp& p = a.mlp;
@@ -93,6 +113,12 @@ struct Buffers {
     parts_count = a.grad_topk_weights ? weight_part_count(down) : 0;
     parts = a.grad_topk_weights ? space.take(parts_count * S * acc_bytes(p.dtype)) : nullptr;
     e.weight_parts = parts;
+    const WgradSide by_row{grad_hidden, rows13(p), 1, nullptr, 0}, by_unit{act, p.I, 1, nullptr, 0};
+    const WgradSide x{p.x, p.x_stride, 1, p.row_to_slot, p.K};
+    const WgradSide grad_y{a.grad_y, a.grad_y_stride, 1, p.row_to_slot, p.K};
+    w13 = wgrad(p, by_row, rows13(p), x, p.H, {a.w13_out, a.grad_w13, a.w13_main});
+    w2 = wgrad(p, grad_y, p.H, by_unit, p.I, {a.w2_out, a.grad_w2, a.w2_main});
+    w13.partial = w2.partial = space.take(std::max(grouped_wgrad_partial_bytes(w13), grouped_wgrad_partial_bytes(w2)));
   }
 };
 
@@ -114,11 +140,8 @@ class Backward {
       });
       then([&] { return combine(p_, b_.rows, nullptr, a_.grad_x, stream_); });
     }
-    const WgradSide by_row{b_.grad_hidden, rows13(p_), 1, nullptr, 0};
-    const WgradSide x{p_.x, p_.x_stride, 1, p_.row_to_slot, p_.K}, act{b_.act, p_.I, 1, nullptr, 0};
-    const WgradSide grad_y{a_.grad_y, a_.grad_y_stride, 1, p_.row_to_slot, p_.K};
-    if (a_.grad_w13) then([&] { return wgrad(by_row, rows13(p_), x, p_.H, a_.w13_out, a_.grad_w13); });
-    if (a_.grad_w2) then([&] { return wgrad(grad_y, p_.H, act, p_.I, a_.w2_out, a_.grad_w2); });
+    if (a_.grad_w13) then([&] { return grouped_wgrad(b_.w13, stream_); });
+    if (a_.grad_w2) then([&] { return grouped_wgrad(b_.w2, stream_); });
     if (a_.grad_w13_bias) then([&] { return w13_bias(); });
     if (a_.grad_w2_bias) then([&] { return w2_bias(); });
     return error_;
@@ -168,15 +191,6 @@ class Backward {
       result = launch({grid, dim3(kSumLanes * kWarp), bytes}, stream_, expert_sums_kernel<T>, s);
     });
     return result;
-  }
-
-  cudaError_t wgrad(const WgradSide& n_side, int64_t N, const WgradSide& k_side, int64_t K, const Weight& layout,
-                    void* out) {
-    GroupedWgradArgs w{};
-    w.E = p_.E, w.S = slots(p_), w.N = N, w.K = K, w.dtype = w.out_dtype = p_.dtype;
-    w.n_side = n_side, w.k_side = k_side, w.ends = ends_of(p_), w.out = out;
-    w.out_expert = layout.expert_stride, w.out_row = layout.row_stride, w.out_col = layout.col_stride;
-    return grouped_wgrad(w, stream_);
   }
 
   const FusedExpertsBackwardArgs& a_;

@@ -12,6 +12,7 @@ cudaError_t by_rows(const GroupedGemmArgs& args, cudaStream_t stream) {
   const bool cut = args.grouped == Grouped::rows;
   GroupedRows g{};
   g.E = args.G, g.S = cut ? args.M : args.G * args.M, g.N = args.N, g.K = args.K, g.dtype = args.dtype;
+  g.allow_tf32 = args.allow_tf32;
   g.a = args.a, g.a_stride = args.a_row, g.a_expert = args.a_group, g.b = args.b, g.ends = args.offs;
   g.epilogue.kind = Epilogue::plain, g.epilogue.bias = args.bias;
   g.epilogue.out = args.out, g.epilogue.out_stride = args.N, g.epilogue.out_dtype = args.out_dtype;
@@ -24,23 +25,29 @@ cudaError_t by_rows(const GroupedGemmArgs& args, cudaStream_t stream) {
 }
 
 /// out_g = a[:, group g] b[group g, :], added to what stands there where there is a bias.
-cudaError_t by_contraction(const GroupedGemmArgs& args, cudaStream_t stream) {
+GroupedWgradArgs contraction(const GroupedGemmArgs& args) {
   GroupedWgradArgs w{};
   w.E = args.G, w.S = args.K, w.N = args.M, w.K = args.N, w.dtype = args.dtype, w.out_dtype = args.out_dtype;
-  w.accumulate = args.bias != nullptr;
+  w.accumulate = args.accumulate || args.bias != nullptr, w.allow_tf32 = args.allow_tf32;
   w.n_side = {args.a, args.a_col, args.a_row, nullptr, 1};
   w.k_side = {args.b.data, args.b.col_stride, args.b.row_stride, nullptr, 1};
   w.ends = args.offs, w.out = args.out, w.out_expert = args.M * args.N, w.out_row = args.N, w.out_col = 1;
-  return w.E * w.N * w.K == 0 ? cudaSuccess : grouped_wgrad(w, stream);
+  if (w.E * w.N * w.K > 0) w.parts = grouped_wgrad_parts(w);
+  w.partial = args.workspace;
+  return w;
 }
 
 }  // namespace
+
+int64_t grouped_gemm_workspace_bytes(const GroupedGemmArgs& args) {
+  return args.grouped == Grouped::contraction ? grouped_wgrad_partial_bytes(contraction(args)) : 0;
+}
 
 cudaError_t grouped_gemm(const GroupedGemmArgs& args, cudaStream_t stream) {
   switch (args.grouped) {
     case Grouped::rows:
     case Grouped::none: return by_rows(args, stream);
-    case Grouped::contraction: return by_contraction(args, stream);
+    case Grouped::contraction: return grouped_wgrad(contraction(args), stream);
     case Grouped::cols: break;  // the binding turns the product
   }
   return cudaErrorInvalidValue;

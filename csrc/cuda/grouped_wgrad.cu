@@ -22,17 +22,16 @@ uintptr_t addresses(const void* data, int64_t stride, int64_t bytes) {
   return reinterpret_cast<uintptr_t>(data) | uintptr_t(stride * bytes);
 }
 
+int64_t tiles_of(const GroupedWgradArgs& args, int64_t width) {
+  return args.E * ((args.N + width - 1) / width) * ((args.K + width - 1) / width);
+}
 dim3 grid_of(const GroupedWgradArgs& args, int64_t width) {
-  return dim3(unsigned(args.E * ((args.N + width - 1) / width) * ((args.K + width - 1) / width)));
+  return dim3(unsigned(tiles_of(args, width) * std::max<int64_t>(args.parts, 1)));
 }
 
-template <class T> cudaError_t with_mma(GroupedWgradArgs args, cudaStream_t stream) {
-  if (args.out_col != 1) {  // the transposed product: the other index of out is contiguous
-    std::swap(args.n_side, args.k_side), std::swap(args.N, args.K), std::swap(args.out_row, args.out_col);
-  }
+template <class T> cudaError_t with_mma(const GroupedWgradArgs& args, cudaStream_t stream) {
   const LaunchShape shape{grid_of(args, WgradTile<T>::kWidth), dim3(WgradTile<T>::kThreads), WgradTile<T>::kBytes};
-  const auto kernel = args.topk_weights ? grouped_wgrad_kernel<T, true> : grouped_wgrad_kernel<T, false>;
-  return launch(shape, stream, kernel, args, quotient_of(args.n_side), quotient_of(args.k_side));
+  return launch(shape, stream, grouped_wgrad_kernel<T>, args, quotient_of(args.n_side), quotient_of(args.k_side));
 }
 
 template <class T> cudaError_t with_fma(const GroupedWgradArgs& args, cudaStream_t stream) {
@@ -58,16 +57,37 @@ bool grouped_wgrad_uses_mma(const GroupedWgradArgs& args) {
   return all % 16 == 0;
 }
 
-cudaError_t grouped_wgrad(const GroupedWgradArgs& args, cudaStream_t stream) {
+int64_t grouped_wgrad_parts(const GroupedWgradArgs& args) {
+  int device = 0, count = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 1;
+  if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return 1;
+  const int64_t tiles = tiles_of(args, grouped_wgrad_uses_mma(args) ? WgradTile<bf16>::kWidth : kWgradFmaWidth);
+  if (tiles == 0 || tiles >= 2 * count) return 1;  // two blocks fit on a multiprocessor
+  const int64_t room = (2 * count + tiles - 1) / tiles, rows = args.S / args.E / kWgradLeastRows;
+  return std::max<int64_t>(1, std::min(room, rows));
+}
+
+int64_t grouped_wgrad_partial_bytes(const GroupedWgradArgs& args) {
+  return args.parts > 1 ? args.parts * args.E * args.N * args.K * (args.dtype == DType::f64 ? 8 : 4) : 0;
+}
+
+cudaError_t grouped_wgrad(const GroupedWgradArgs& given, cudaStream_t stream) {
+  GroupedWgradArgs args = given;
   if (args.E == 0 || args.N == 0 || args.K == 0) return cudaSuccess;
-  if (grouped_wgrad_uses_mma(args)) {
-    if (args.dtype == DType::bf16) return with_mma<bf16>(args, stream);
-    if (args.dtype == DType::f16) return with_mma<f16>(args, stream);
-    return with_mma<float>(args, stream);
-  }
-  cudaError_t result = cudaErrorInvalidValue;
-  visit_dtype(args.dtype, [&](auto tag) { result = with_fma<decltype(tag)>(args, stream); });
-  return result;
+  if (args.parts > 1 && (!args.partial || args.N * args.K >= int64_t(1) << 31)) return cudaErrorInvalidValue;
+  if (args.out_col != 1 && args.out_row == 1)  // the transposed product: the other index of out is contiguous
+    std::swap(args.n_side, args.k_side), std::swap(args.N, args.K), std::swap(args.out_row, args.out_col);
+  cudaError_t error = cudaErrorInvalidValue;
+  const bool mma = grouped_wgrad_uses_mma(args);
+  if (!mma) visit_dtype(args.dtype, [&](auto tag) { error = with_fma<decltype(tag)>(args, stream); });
+  else if (args.dtype == DType::bf16) error = with_mma<bf16>(args, stream);
+  else if (args.dtype == DType::f16) error = with_mma<f16>(args, stream);
+  else error = with_mma<float>(args, stream);
+  if (error != cudaSuccess || args.parts <= 1) return error;
+  const int64_t blocks = std::min((args.N * args.K + kAddThreads - 1) / kAddThreads, kMostBlocks);
+  const LaunchShape shape{dim3(unsigned(blocks), unsigned(std::min<int64_t>(args.E, 65535))), dim3(kAddThreads)};
+  return args.dtype == DType::f64 ? launch(shape, stream, grouped_wgrad_add_kernel<double>, args)
+                                  : launch(shape, stream, grouped_wgrad_add_kernel<float>, args);
 }
 
 }  // namespace moe::cuda

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // grouped_wgrad: the gradient of one weight matrix an expert, contracted over the expert's rows.
-//   out[e][n][k] (+)= sum over the rows r of expert e, ascending, of w(r) * n_side[r][n] * k_side[r][k]
-// with w(r) = topk_weights[row_to_slot[r]], or 1 where topk_weights is null.
+//   out[e][n][k] (+)= sum over the rows r of expert e, ascending, of n_side[r][n] * k_side[r][k]
 // How many rows an expert has stands on the device only: the host knows bounds. An expert without rows gets exact
 // zeros. A row of another expert is never multiplied, so its NaN stays where it is. `ends` is clamped to [0, S].
+// Where the gradients have too few tiles to fill the processors, the rows of every expert are cut into `parts`
+// stretches of equal length; their sums are kept apart and added in order: the same bits in every run.
 #pragma once
 #include "../moe.h"
 #include "device.h"
@@ -28,16 +29,19 @@ struct GroupedWgradArgs {
   bool allow_tf32;         // f32 only: products of 10-bit mantissas, sums in float32; else multiply-adds in float32
   bool accumulate;         // out += instead of out =; then an expert without rows leaves its part as it is
   WgradSide n_side, k_side;
-  const int32_t* row_to_slot;  // [S], -1 = padding: weight 0; read for topk_weights alone
-  const void* topk_weights;    // [slots] acc, or null. One side times its weight is rounded to dtype, as if stored
-  const int32_t* ends;         // [E] ends of the experts' rows: expert_offsets + 1
+  const int32_t* ends;  // [E] ends of the experts' rows: expert_offsets + 1
   void* out;
   int64_t out_expert, out_row, out_col;  // strides of e, n, k; either of n and k may be the contiguous one
+  int64_t parts;                         // 0 and 1: an expert's rows are summed in one go
+  void* partial;                         // [parts, E, N, K] acc, or [parts, E, K, N]; null for one part
 };
 
 /// Whether the tensor cores take it: bf16, f16 or tf32, to dtype or f32; 16-byte rows of sides and out, one index of
 /// out contiguous. Otherwise a tile of plain multiply-adds in acc does it, for any stride.
 bool grouped_wgrad_uses_mma(const GroupedWgradArgs&);
+/// How many parts fill the current device, from sizes alone: 1 unless the gradients have fewer tiles than it has room.
+int64_t grouped_wgrad_parts(const GroupedWgradArgs&);
+int64_t grouped_wgrad_partial_bytes(const GroupedWgradArgs&);  // of partial, for these parts
 cudaError_t grouped_wgrad(const GroupedWgradArgs&, cudaStream_t);
 
 }  // namespace moe::cuda

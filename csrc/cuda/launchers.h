@@ -29,6 +29,7 @@ cudaError_t permute(const PermuteArgs&, cudaStream_t);
 cudaError_t unpermute(const UnpermuteArgs&, cudaStream_t);
 int64_t unpermute_backward_workspace_bytes(int64_t P);
 cudaError_t unpermute_backward(const UnpermuteBackwardArgs&, cudaStream_t);
+int64_t grouped_gemm_workspace_bytes(const GroupedGemmArgs&);
 cudaError_t grouped_gemm(const GroupedGemmArgs&, cudaStream_t);
 int64_t fused_experts_workspace_bytes(const FusedExpertsArgs&);
 cudaError_t fused_experts(const FusedExpertsArgs&, cudaStream_t);

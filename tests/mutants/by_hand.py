@@ -109,9 +109,8 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
         ("depth past the end", "row >= 0 && k0 + k < g.K", "row >= 0"),
     ],
     "csrc/cuda/grouped_wgrad.cuh": [
-        ("rows past the end are copied", "rows[i] >= 0 ? read : 0", "read"),
+        ("rows past the end are copied", "inside && rows[i] >= 0 ? kChunk : 0", "inside ? kChunk : 0"),
         ("the ring is filled a stage early", "fill(step + Tile::kStages - 1)", "fill(step + Tile::kStages - 2)"),
-        ("weights of another stage", "slot * Tile::kDepth + threadIdx.x", "threadIdx.x"),
         ("halves of a fragment swapped", "lane % 8 + lane / 8 % 2 * 8", "lane % 8 + lane / 16 * 8"),
         ("accumulation forgets what was there", "load_again<each>(to)", "(Elements<O, each>{})"),
         (
@@ -126,7 +125,16 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
             "row * kChunks + (chunk ^ 2 * (row & 3))",
             "row * kChunks + (chunk ^ 2 * (row & 1))",
         ),
-        ("a row of the neighbour", "from >= 0 && slot >= 0", "slot >= 0 && row + r < args.S"),
+        ("a row of the neighbour", "row + r < end && first + c < width", "row + r <= end && first + c < width"),
+        ("a part begins a row late", "rows.begin + part * each", "rows.begin + part * each + (part ? 1 : 0)"),
+        ("a part goes on to the end", "min(end, int64_t(rows.end))", "int64_t(rows.end)"),
+        ("parts of the first expert", "(part * args.E + e) * elements", "part * args.E * elements"),
+        (
+            "sums of f32 in the order of bf16",
+            "kWords ? i / 2 * 32 + row % 8 * 4 + i % 2 * 2 + row / 8 : i * 16 + row",
+            "i * 16 + row",
+        ),
+        ("columns of f32 not turned back", "(turned ? 1 - v % 2 : v % 2)", "v % 2"),
     ],
     "csrc/cuda/mma_tile.cuh": [
         ("swizzle left out", "row * Chunks + (chunk ^ (row & 7))", "row * Chunks + chunk"),

@@ -40,6 +40,12 @@ MOE_SIMT_EXPORT const char* moe_test_grouped_wgrad(const void* args) { return ru
 MOE_SIMT_EXPORT bool moe_test_grouped_wgrad_uses_mma(const GroupedWgradArgs* args) {
   return grouped_wgrad_uses_mma(*args);
 }
+MOE_SIMT_EXPORT int64_t moe_test_grouped_wgrad_parts(const GroupedWgradArgs* args) {
+  return grouped_wgrad_parts(*args);
+}
+MOE_SIMT_EXPORT int64_t moe_test_grouped_wgrad_partial_bytes(const GroupedWgradArgs* args) {
+  return grouped_wgrad_partial_bytes(*args);
+}
 
 MOE_SIMT_EXPORT size_t moe_test_size_grouped_rows() { return sizeof(RowsBy); }
 MOE_SIMT_EXPORT const char* moe_test_grouped_rows(const void* args) { return run(rows_by, args); }

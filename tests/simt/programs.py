@@ -30,11 +30,12 @@ def missing() -> str:
     return "" if shutil.which(compiler) else f"no C++ compiler: {compiler} is not on PATH"
 
 
-def build(name: str, sources: Sequence[Path], *, flags: str = "", link_flags: str = "", hooks: bool = True) -> Path:
+def build(name: str, sources: Sequence[Path], *, flags: str = "", link_flags: str = "", hooks: bool = True,
+          ready: Sequence[Path] = ()) -> Path:  # fmt: skip
     """Links `sources` (.cu through the race detector's hooks, .cpp plainly) with the emulator into a program.
 
-    The emulator itself is compiled once for all programs of the same flags. Errors: RuntimeError with the compiler's
-    words.
+    The emulator itself is compiled once for all programs of the same flags; `ready` are objects that hold it and more.
+    Errors: RuntimeError with the compiler's words.
     """
     out = ROOT / "build/simt_tests"
     out.mkdir(parents=True, exist_ok=True)
@@ -44,8 +45,9 @@ def build(name: str, sources: Sequence[Path], *, flags: str = "", link_flags: st
     text = build_simt.RULE.format(name="cu", command=f"{cxx} {kernel} {flags}")
     text += build_simt.RULE.format(name="cpp", command=f"{cxx} {host} {flags}")
     variant = format(zlib.crc32(flags.encode()), "08x")
-    objects = []
-    for source in [*sorted((ROOT / "csrc/simt").glob("*.cpp")), *sources]:  # the emulator first: see hooks.cpp
+    objects = [str(path) for path in ready]
+    emulator = [] if ready else [ROOT / source for source in build_simt.runtime_sources()]
+    for source in [*emulator, *sources]:  # the emulator first: see hooks.cpp
         owner = f"runtime_{variant}" if source.parent == ROOT / "csrc/simt" else name
         objects.append(f"{owner}_{source.stem}.o")
         text += f"build {objects[-1]}: {source.suffix.lstrip('.')} {source}\n"
