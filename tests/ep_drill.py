@@ -32,7 +32,7 @@ import torch.distributed as dist
 import moe_kernels as mk
 from moe_kernels.expert_parallel import header, hops
 from moe_kernels.layers import Experts
-from moe_kernels.traffic import owners
+from moe_kernels.planning import owners
 
 E, H, I, K, T = 8, 16, 8, 3, 16
 TRANSPORTS = ("flat", "rank_dedup", "two_level", "allgather")

@@ -10,7 +10,7 @@ import processes
 import pytest
 import torch
 
-from moe_kernels.planner import exact_traffic
+from moe_kernels.planning import exact_traffic
 
 
 @pytest.fixture(scope="module")

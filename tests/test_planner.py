@@ -12,8 +12,7 @@ import pytest
 import torch
 
 import moe_kernels as mk
-from moe_kernels import chances, flows, planner
-from moe_kernels.planner import Links, exact_traffic, metadata_bytes, owners, plan, row_bytes
+from moe_kernels.planning import Links, chances, exact_traffic, flows, metadata_bytes, owners, plan, planner, row_bytes
 
 F8, BF16 = torch.float8_e4m3fn, torch.bfloat16
 BARE = dict.fromkeys(("flat", "rank_dedup", "two_level", "allgather"), 0)

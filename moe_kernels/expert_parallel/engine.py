@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .. import check
 from ..capacity import Capacity
-from ..planner import Plan, plan
+from ..planning import Plan, plan
 from ..schemas import acc_dtype
 from . import header
 from .hops import INPUTS, PARAMETERS, Call, Gathered, Hop, TwoLevel, look_up

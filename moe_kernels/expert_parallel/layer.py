@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from .. import check
 from ..layers import Experts, MoELayer
-from ..planner import Plan
+from ..planning import Plan, owners
 from ..routers import ExpertChoice
-from ..traffic import owners
 from .engine import DISPATCH_DTYPES, TRANSPORTS, Engine, places
 
 _OP = "ExpertParallel"

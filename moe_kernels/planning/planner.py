@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from . import chances, check
+from .. import check
+from . import chances
 from .flows import Flow, Shape, flows
 from .traffic import LINKS, TRANSPORTS, Traffic, exact_traffic, metadata_bytes, owners, row_bytes
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import check
+from .. import check
 
 TRANSPORTS = ("flat", "rank_dedup", "two_level", "allgather")
 LINKS = ("nic", "nvlink")
