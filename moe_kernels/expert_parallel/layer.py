@@ -48,7 +48,8 @@ class ExpertParallel(nn.Module):
         average_gradients: divide the experts' gradients by the number of ranks, as data parallelism does with others.
         lane: layers of the same group and lane share a connection. Threads that run layers at once need a lane each.
     Attributes:
-        plan: of `moe_kernels.plan`, once "auto" has asked for it in the first forward.
+        plan: of `moe_kernels.plan`, from the first forward on: what "auto" chose by, for the mean of the ranks' tokens
+            then; with a transport by name, what the planner says of this rank's last forward. None before.
         bytes_sent: class of link ("nic" between nodes, "nvlink" inside) -> bytes of rows that this rank sent in the
             last forward.
         dropped: bool [T, K] of the last forward with a capacity.
