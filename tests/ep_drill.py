@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 
 import moe_kernels as mk
-from moe_kernels.expert_parallel import header, hops
+from moe_kernels.expert_parallel import carrier, header, hops
 from moe_kernels.layers import Experts
 from moe_kernels.planning import owners
 
@@ -71,6 +71,8 @@ def failure(error: mk.MoECommError) -> dict[str, Any]:
 def rank_main(job: dict[str, Any], rank: int, say: Say) -> None:
     """Steps until something is wrong, then, with the others that live, a new group and a right step."""
     whole, ranks = experts(), list(range(job["world"]))
+    if job["nccl"]:
+        carrier.libraries = lambda device: (job["nccl"], job["nccl"])
     words = {"transport": job["transport"], "timeout": job["timeout"], "ranks_per_node": 2}
     ep = mk.ExpertParallel(experts(), ranks, **words)
     say(ready=step_is_right(ep, whole, rank, 0))
@@ -84,6 +86,8 @@ def rank_main(job: dict[str, Any], rank: int, say: Say) -> None:
                 step_is_right(ep, whole, rank, step)
     except mk.MoECommError as error:
         say(**failure(error))
+    except ValueError as error:  # of its own backward: autograd hands it on as it is
+        say(**failure(mk.MoECommError(rank, "error", "dispatch backward", str(error))))
     if job["fault"] in FAULTS and job["fault"] not in BREAKING:  # the same group goes on
         say(again=step_is_right(ep, whole, rank, 1))
         return
@@ -95,6 +99,18 @@ def rank_main(job: dict[str, Any], rank: int, say: Say) -> None:
     new = [alive.index(r) if r in alive else -1 for r in owner]
     ep = mk.ExpertParallel(experts(), alive, placement=new, **(words | {"ranks_per_node": 1, "timeout": 10.0}))
     say(rebuilt=step_is_right(ep, whole, rank, 2))
+
+
+class Grumble(torch.autograd.Function):
+    """Nothing in the forward, an exception in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor) -> torch.Tensor:
+        return y + 0
+
+    @staticmethod
+    def backward(ctx: Any, _: torch.Tensor) -> torch.Tensor:
+        raise ValueError("planted")
 
 
 class Replaced:
@@ -135,6 +151,7 @@ def header_fault(**changed: Any) -> Callable[[mk.ExpertParallel], Replaced]:
 FAULTS: dict[str, Callable[[mk.ExpertParallel], Any]] = {
     "error": lambda ep: Replaced(ep.engine, "_checked", lambda old: raising),
     "experts": lambda ep: Replaced(ep.experts, "forward", lambda old: raising),
+    "backward": lambda ep: Replaced(ep.experts, "forward", lambda old: lambda *given: Grumble.apply(old(*given))),
     "hidden": header_fault(hidden=H + 8),
     "dtype": header_fault(dtype="torch.float32"),
     "version": header_fault(version=header.VERSION + 1),
@@ -145,7 +162,7 @@ FAULTS: dict[str, Callable[[mk.ExpertParallel], Any]] = {
     "rows": header_fault(rows=-1),
     "pack": lambda ep: Replaced(hops.Format, "pack", lambda old: raising),
 }
-FIELD = {"experts": "error", "experts_count": "experts", "negative": "counts", "pack": "error"}
+FIELD = {"experts": "error", "backward": "error", "experts_count": "experts", "negative": "counts", "pack": "error"}
 BREAKING = ("pack",)
 
 
@@ -255,13 +272,13 @@ def faults_of(result: dict[str, Any]) -> list[str]:
     return wrong
 
 
-def jobs(fault: str, trials: int, world: int, timeout: float, seed: int) -> list[dict[str, Any]]:
+def jobs(fault: str, trials: int, world: int, timeout: float, seed: int, nccl: str = "") -> list[dict[str, Any]]:
     """Trials of one fault: victim, transport and the moment drawn anew each time."""
     draw, name = random.Random(f"{seed} {fault}"), f"{os.getpid()} {time.monotonic_ns()}"
     kinds = list(TRANSPORTS)
     return [
         {"fault": fault, "world": world, "timeout": timeout, "victim": draw.randrange(world), "name": f"{name} {i}",
-         "transport": kinds[(i + seed) % len(kinds)], "delay": draw.random() * 0.3} for i in range(trials)
+         "transport": kinds[(i + seed) % len(kinds)], "nccl": nccl, "delay": draw.random() * 0.3} for i in range(trials)
     ]  # fmt: skip
 
 
@@ -272,6 +289,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--world", type=int, default=4)
     parser.add_argument("--timeout", type=float, default=2.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--nccl", default="", metavar="FILE", help="rows over csrc/comm and this stand-in")
     asked = parser.parse_args(argv)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -280,7 +298,7 @@ def main(argv: list[str] | None = None) -> int:
             bad = 0
             for fault in asked.faults:
                 timeout = asked.timeout if fault == "stop" else 20.0
-                for job in jobs(fault, asked.trials, asked.world, timeout, asked.seed):
+                for job in jobs(fault, asked.trials, asked.world, timeout, asked.seed, asked.nccl):
                     result = trial(job, port)
                     result["wrong"] = faults_of(result)
                     bad += bool(result["wrong"])

@@ -142,6 +142,8 @@ class Engine:
 
     def _connected(self, x: Any) -> Link:
         device = x.device if isinstance(x, Tensor) else torch.device("cpu")
+        if self.link is not None:
+            self.link.say()
         if self.link is None or self.link.broken or self.link.device.type != device.type:
             self.link = connect(self.ranks, self.timeout, self.ranks_per_node, self.lane, device)
         self.trace = []
@@ -266,9 +268,10 @@ class Engine:
         return torch.where(here, look_up(self.place, ids), -1).int()
 
     def raise_if_failed(self) -> None:
-        """With a static capacity on a GPU, where nothing waits for the host: raises for a rank that failed."""
+        """On a GPU: raises for rows that never came, and with a static capacity for a rank that failed."""
         if self.link is not None:
             self.shakes.raise_if_flagged(self.link, "dispatch")
+            self.link.say()
 
 
 def places(owner: Tensor, world_size: int) -> Tensor:

@@ -125,7 +125,8 @@ class ExpertParallel(nn.Module):
         return self.engine.dropped
 
     def raise_if_failed(self) -> None:
-        """With a capacity on a GPU: reads whether a rank failed, which nothing else waits for; raises MoECommError."""
+        """On a GPU: raises MoECommError for rows of the last forward that never came, and with a capacity for a rank
+        that failed, which nothing else reads. Every next forward does the former too."""
         self.engine.raise_if_failed()
 
     def extra_repr(self) -> str:

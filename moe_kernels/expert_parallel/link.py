@@ -53,7 +53,7 @@ class Link:
 
     ranks: global ranks in order; position: of this one in it. sent: bytes that the rows took, a (phase, class of link);
     header_bytes: what the headers took besides. owes: a header has promised rows that are not posted yet.
-    broken: why it is of no more use, or None.
+    broken: why it is of no more use, or None. unsaid: the same, found while nobody waited, and not raised yet.
     """
 
     def __init__(self, ranks: list[int], timeout: float, ranks_per_node: int, lane: str, device: torch.device) -> None:
@@ -62,6 +62,7 @@ class Link:
         self.position = ranks.index(dist.get_rank()) if self.size > 1 else 0
         self.sequence, self.pid, self.lock = 0, os.getpid(), threading.RLock()
         self.broken: MoECommError | None = None
+        self.unsaid: MoECommError | None = None
         self.under_way: deque[tuple[Any, str, float]] = deque()
         self.sent: Counter[tuple[str, str]] = Counter()
         self.header_bytes, self.owes = 0, False
@@ -220,6 +221,12 @@ class Link:
                     raise self._blame(phase, str(error), not polled) from error
                 alarmed = self.heartbeat is not None and self.heartbeat.alarm()  # what is on its way may still come
 
+    def say(self) -> None:
+        """Raises what the watch has found since the last call."""
+        error, self.unsaid = self.unsaid, None
+        if error is not None:
+            raise error
+
     def watch(self, work: Any, phase: str, out: Tensor) -> None:
         """Looks after an exchange of our own communicator that no host waits for: too late, and it is aborted, so that
         the stream goes on and the next call raises."""
@@ -245,9 +252,11 @@ def _watch(of: weakref.ref[Link]) -> None:
     while (link := of()) is not None and link.broken is None:
         if link.under_way:
             work, phase, deadline = link.under_way[0]
-            with suppress(MoECommError):  # kept in link.broken, for the next call
+            try:
                 link._until(work, phase, deadline)
                 link.under_way.popleft()
+            except MoECommError as error:
+                link.unsaid = error
         del link
         time.sleep(POLL.total_seconds() / 10)
 
