@@ -73,7 +73,8 @@ def rank_main(job: dict[str, Any], rank: int, say: Say) -> None:
     whole, ranks = experts(), list(range(job["world"]))
     if job["nccl"]:
         carrier.libraries = lambda device: (job["nccl"], job["nccl"])
-    words = {"transport": job["transport"], "timeout": job["timeout"], "ranks_per_node": 2}
+    kind = {"capacity_factor": 8.0} if job["transport"] == "static" else {"transport": job["transport"]}
+    words: dict[str, Any] = kind | {"timeout": job["timeout"], "ranks_per_node": 2}
     ep = mk.ExpertParallel(experts(), ranks, **words)
     say(ready=step_is_right(ep, whole, rank, 0))
     try:
@@ -272,13 +273,15 @@ def faults_of(result: dict[str, Any]) -> list[str]:
     return wrong
 
 
-def jobs(fault: str, trials: int, world: int, timeout: float, seed: int, nccl: str = "") -> list[dict[str, Any]]:
+def jobs(fault: str, asked: argparse.Namespace) -> list[dict[str, Any]]:
     """Trials of one fault: victim, transport and the moment drawn anew each time."""
+    world, seed, kinds = asked.world, asked.seed, asked.transports.split(",")
     draw, name = random.Random(f"{seed} {fault}"), f"{os.getpid()} {time.monotonic_ns()}"
-    kinds = list(TRANSPORTS)
+    timeout = asked.timeout if fault == "stop" else 20.0
     return [
         {"fault": fault, "world": world, "timeout": timeout, "victim": draw.randrange(world), "name": f"{name} {i}",
-         "transport": kinds[(i + seed) % len(kinds)], "nccl": nccl, "delay": draw.random() * 0.3} for i in range(trials)
+         "transport": kinds[(i + seed) % len(kinds)], "nccl": asked.nccl, "delay": draw.random() * 0.3}
+        for i in range(asked.trials)
     ]  # fmt: skip
 
 
@@ -290,6 +293,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--timeout", type=float, default=2.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--nccl", default="", metavar="FILE", help="rows over csrc/comm and this stand-in")
+    parser.add_argument("--transports", default=",".join(TRANSPORTS), help='in turn; "static" for a static capacity')
     asked = parser.parse_args(argv)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -297,8 +301,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             bad = 0
             for fault in asked.faults:
-                timeout = asked.timeout if fault == "stop" else 20.0
-                for job in jobs(fault, asked.trials, asked.world, timeout, asked.seed, asked.nccl):
+                for job in jobs(fault, asked):
                     result = trial(job, port)
                     result["wrong"] = faults_of(result)
                     bad += bool(result["wrong"])

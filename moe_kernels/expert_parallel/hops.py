@@ -44,13 +44,10 @@ class Call:
     tokens: int
     width: int
     agreed: bool = False
-    lost: bool = False
 
-    def fail(self, phase: str) -> None:
-        """The backward of the experts ended in an exception here: the others hear of it in the exchange after it."""
-        if not self.lost:  # one of several chunks
-            self.lost = True
-            self.link.fail_alone(phase, LOST)
+    def guard(self, phase: str) -> Callable[[], None]:
+        """What to call if the backward of the experts ends in an exception: the others hear of it in that phase."""
+        return self.link.guard(lambda: self.link.fail_alone(phase, LOST))
 
     def agree(self, phase: str, rows: int, counts: list[int]) -> list[list[int]]:
         own = {"rows": rows, "tokens": self.tokens, "needs": self.needs, "width": self.width}
@@ -102,7 +99,7 @@ class Exchange:
             lambda rows, weights, ids: self.out(f"dispatch{self.name}", rows, weights, ids),
             lambda rows, weights, _: self._home(f"dispatch{self.name} backward", rows, weights),
             self.call.anchor(INPUTS),
-            lambda: self.call.fail(f"dispatch{self.name} backward"),
+            lambda: self.call.guard(f"dispatch{self.name} backward"),
         )
 
     def combine(self) -> Journey:
@@ -229,7 +226,7 @@ class Gathered(Leg):
             lambda rows, w, i: self._gather("dispatch", rows, w, i),
             lambda rows, w, _: self._sum("dispatch backward", rows, w),
             self.call.anchor(INPUTS),
-            lambda: self.call.fail("dispatch backward"),
+            lambda: self.call.guard("dispatch backward"),
         )
         self.journey.begin(F.pad(x, more), F.pad(weights, more), F.pad(ids.int(), more, value=-1))
 

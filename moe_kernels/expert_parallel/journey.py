@@ -25,13 +25,14 @@ class Journey:
     """go(rows, weights, ids) starts it and returns what ends it; home(grad_rows, grad_weights, None) its backward.
 
     anchor: a tensor that requires a gradient on every rank or on none, so that all ranks run the backward or none.
-    lost: called if the backward of what lies between this journey, the way out, and the one back ends in an exception.
+    guard: called when the backward comes to what lies between this journey, the way out, and the one back; returns what
+    to call if it ends there in an exception.
     """
 
     go: Begin
     home: Begin
     anchor: Tensor | None
-    lost: Callable[[], None] | None = None
+    guard: Callable[[], Callable[[], None]] | None = None
     arrive: list[Callable[[], Freight]] = field(default_factory=list)
     ticket: Tensor | None = None
     thread: Tensor | None = None
@@ -48,7 +49,7 @@ class Journey:
     def end(self) -> Freight:
         ticket, self.ticket = self.ticket, None
         rows, weights, ids, thread = _End.apply(self, ticket)  # type: ignore[no-untyped-call]
-        self.thread = thread if self.lost is not None else None
+        self.thread = thread if self.guard is not None else None
         return rows, weights, ids
 
     def forget(self) -> None:
@@ -84,7 +85,7 @@ class _Begin(torch.autograd.Function):
         waits = None
         if ctx.needs_input_grad[6]:
             alarm = Alarm(4)
-            alarm.lost, ctx.out.alarm = ctx.out.lost, weakref.ref(alarm)
+            alarm.lost, ctx.out.alarm = ctx.out.guard(), weakref.ref(alarm)
             waits = torch.frombuffer(alarm, dtype=torch.float32)
         return None, None, grad_rows, grad_weights, None, None, waits
 

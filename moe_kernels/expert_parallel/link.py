@@ -54,6 +54,7 @@ class Link:
     ranks: global ranks in order; position: of this one in it. sent: bytes that the rows took, a (phase, class of link);
     header_bytes: what the headers took besides. owes: a header has promised rows that are not posted yet.
     broken: why it is of no more use, or None. unsaid: the same, found while nobody waited, and not raised yet.
+    verdicts: how often all ranks have raised.
     """
 
     def __init__(self, ranks: list[int], timeout: float, ranks_per_node: int, lane: str, device: torch.device) -> None:
@@ -65,7 +66,7 @@ class Link:
         self.unsaid: MoECommError | None = None
         self.under_way: deque[tuple[Any, str, float]] = deque()
         self.sent: Counter[tuple[str, str]] = Counter()
-        self.header_bytes, self.owes = 0, False
+        self.header_bytes, self.verdicts, self.owes = 0, 0, False
         self.heartbeat: Heartbeat | None = None
         self._watcher: threading.Thread | None = None
         if self.size > 1:
@@ -131,6 +132,11 @@ class Link:
         with suppress(MoECommError), self.lock:
             self.agree({"status": 1, "phase": phase}, [0] * self.size, phase, said)
 
+    def guard(self, act: Callable[[], None]) -> Callable[[], None]:
+        """`act`, unless all ranks have raised meanwhile and know."""
+        before = self.verdicts
+        return lambda: act() if self.verdicts == before else None
+
     def agree(
         self, fields: dict[str, header.Value], counts: Sequence[int], phase: str, text: str = ""
     ) -> list[list[int]]:
@@ -145,7 +151,11 @@ class Link:
             self.finish(self.post(phase, lambda: self._headers._allgather_base(found, mine)), phase, found)
             self.header_bytes += mine.nbytes * (self.size - 1)
             records = found.view(self.size, -1).tolist()
-        header.judge(records, self.ranks, phase)
+        try:
+            header.judge(records, self.ranks, phase)
+        except MoECommError:
+            self.verdicts += 1
+            raise
         return records
 
     def all_to_all(self, data: Tensor, send: Sequence[int], receive: Sequence[int], phase: str) -> Callable[[], Tensor]:

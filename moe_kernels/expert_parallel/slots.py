@@ -44,6 +44,7 @@ class Handshakes:
     def raise_if_flagged(self, link: Link, phase: str) -> None:
         """Reads `flagged`: on a GPU this waits for it."""
         if self.flagged is not None and self.flagged.any():
+            link.verdicts += 1
             rank, self.flagged = link.ranks[int(self.flagged.nonzero()[0])], None
             raise MoECommError(rank, "error", phase, "it failed; its own error says why")
 
@@ -82,7 +83,7 @@ class Slotted(Leg):
             lambda rows, weights, ids: self._carry("dispatch", rows, weights, ids),
             lambda rows, weights, _: self._agreed_carry("dispatch backward", rows, weights),
             self.call.anchor(INPUTS),
-            self._lost,
+            lambda: self.call.link.guard(self._lost),
         )
         self.journey.begin(rows, w, sent)
 
