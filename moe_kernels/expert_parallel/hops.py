@@ -132,6 +132,12 @@ class Leg:
 
     journey: Journey
 
+    def landed(self) -> Freight:
+        """The end of the last journey, which is let go of: it holds us."""
+        journey = self.journey
+        del self.journey
+        return journey.end()
+
     def forget(self) -> None:
         """After an error: lets go of what was begun."""
         if hasattr(self, "journey"):
@@ -177,7 +183,7 @@ class Hop(Leg):
         self.journey.begin(rows, out=out)
 
     def combined(self) -> Tensor:
-        rows, _, _ = self.journey.end()
+        rows, _, _ = self.landed()
         ones = torch.ones(self.shape, dtype=acc(rows), device=rows.device)
         return ops.unpermute(rows, self.slot_to_row, ones)
 
@@ -245,7 +251,7 @@ class Gathered(Leg):
         self.journey.begin(rows, out=out)
 
     def combined(self) -> Tensor:
-        return self.journey.end()[0][: self.tokens]
+        return self.landed()[0][: self.tokens]
 
     def _gather(self, phase: str, rows: Tensor, weights: Tensor | None, ids: Tensor | None) -> Callable[[], Freight]:
         form = _format(self.call, phase, rows, weights, ids)

@@ -37,15 +37,44 @@ LINKS = ("nic", "nvlink")
 
 _links: weakref.WeakValueDictionary[tuple[Any, ...], Link] = weakref.WeakValueDictionary()
 _made: Counter[tuple[int, ...]] = Counter()
+_asked: Counter[tuple[Any, ...]] = Counter()
 
 
 def connect(ranks: Sequence[int], timeout: float, ranks_per_node: int, lane: str, device: torch.device) -> Link:
-    """The link of these global ranks, made at the first call; every one of them has to call."""
+    """The link of these global ranks; every one of them has to call. One that all still have is used again."""
     key = (tuple(ranks), timeout, ranks_per_node, lane, device.type)
     link = _links.get(key)
-    if link is None or link.broken:
+    if link is not None and link.broken:
+        link = None
+    if len(ranks) > 1 and not _all_have(link, key):
+        link = None
+    if link is None:
         link = _links[key] = Link(list(ranks), timeout, ranks_per_node, lane, device)
     return link
+
+
+def _all_have(link: Link | None, key: tuple[Any, ...]) -> bool:
+    """Whether every rank has the link yet: one may have let go of the layers that held it, and another not."""
+    ranks, timeout = list(key[0]), float(key[1])
+    _asked[key] += 1
+    name = "_".join(map(str, [*key[0], *key[1:], _asked[key]]))
+    store = c10d.PrefixStore(f"moe_kernels/ask/{name}", c10d._get_default_store())
+    rank = dist.get_rank()
+    store.set(f"rank{rank}", "1")
+    having = store.add("have", int(link is not None))
+    if store.add("came", 1) == len(ranks):  # the last one knows
+        store.set("all", str(int(having == len(ranks))))
+    deadline = time.monotonic() + max(timeout, PATIENCE)
+    while True:
+        try:
+            store.wait(["all"], POLL)
+            return bytes(store.get("all")) == b"1"
+        except RuntimeError as error:
+            if link is not None and link.heartbeat is not None and link.heartbeat.alarm():
+                raise link._blame("connect", str(error), False) from error
+            if time.monotonic() > deadline:
+                absent = next((r for r in ranks if not store.check([f"rank{r}"])), rank)
+                raise MoECommError(absent, "process", "connect", f"it did not come: {error}") from error
 
 
 class Link:

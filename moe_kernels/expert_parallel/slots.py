@@ -102,7 +102,7 @@ class Slotted(Leg):
         self.journey.begin(rows, out=out)
 
     def combined(self) -> Tensor:
-        rows, _, _ = self.journey.end()
+        rows, _, _ = self.landed()
         ones = torch.ones(self.shape, dtype=acc(rows), device=rows.device)
         return ops.unpermute(rows, self.slot_to_place, ones)
 
