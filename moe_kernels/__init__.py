@@ -28,7 +28,7 @@ from .ops import (  # noqa: E402
     route_with_sums,
     unpermute,
 )
-from .planner import plan  # noqa: E402
+from .planning import plan  # noqa: E402
 from .routers import Router  # noqa: E402
 
 _hf.install_hook()

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import plan_report
+from .planning import report
 
 
 def parser() -> argparse.ArgumentParser:
@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     plot.add_argument("source", help="a file of Monitor.save")
     plot.add_argument("--out", default="moe.png", metavar="FILE", help="the picture, .png or .svg (moe.png)")
     plot.add_argument("--layer", help="of the parts that show one layer (the first)")
-    plan_report.add_arguments(words.add_parser("plan", help="the cost of expert parallelism on a cluster"))
+    report.add_arguments(words.add_parser("plan", help="the cost of expert parallelism on a cluster"))
     return top
 
 
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return inspect.run(asked.source, as_json=asked.json, dtype=asked.dtype, device=asked.device)
     if asked.word == "plan":
-        return plan_report.run(asked)
+        return report.run(asked)
     if asked.word == "plot":
         from . import plots
 

@@ -13,7 +13,9 @@ timeout. The sizes have to be agreed upon before: rows that were not announced a
 from __future__ import annotations
 
 import importlib
+from collections import Counter
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -22,7 +24,8 @@ from torch import Tensor
 
 from . import check
 
-ID_BYTES = 128
+c10d: Any = dist.distributed_c10d
+_made: Counter[tuple[int, ...]] = Counter()
 
 
 class Exchange:
@@ -46,11 +49,15 @@ class Exchange:
         return self._came
 
 
+class NcclMissingError(RuntimeError):
+    """A rank has no NCCL, no CUDA runtime or no compiled library: raised by all of them."""
+
+
 class Nccl:
     """Joins the ranks of a process group in a communicator of our own. Every one of them has to make it.
 
     Args:
-        group: None: all ranks. Used once, to agree on the id; of any backend.
+        group: None: all ranks. Of any backend: only its store is used, for the communicator's id.
         timeout: seconds for connecting, and for posting an exchange.
         nccl, cuda: paths of libnccl and libcudart; "" for those that torch has loaded.
 
@@ -58,33 +65,53 @@ class Nccl:
     """
 
     def __init__(self, group: Any = None, *, timeout: float = 30.0, nccl: str = "", cuda: str = "") -> None:
-        NcclCommunicator = importlib.import_module("moe_kernels._host").NcclCommunicator  # compiled
         if not (dist.is_available() and dist.is_initialized()):
             raise RuntimeError("Nccl: needs a process group: call torch.distributed.init_process_group first")
-        self._host_memory = bool(cuda)  # a stand-in; CUDA's own runtime comes with torch
-        rank, W = dist.get_rank(group), dist.get_world_size(group)
-        problem = ""
+        ranks = tuple(dist.get_process_group_ranks(group))
+        _made[ranks] += 1  # a key of the store is never used twice
+        name = "_".join(map(str, (*ranks, _made[ranks])))
+        store = c10d.PrefixStore(f"moe_kernels/nccl/{name}", c10d._get_default_store())
+        self._join(store, dist.get_rank(group), len(ranks), timeout, (nccl, cuda))
+
+    @classmethod
+    def over(cls, store: Any, rank: int, world_size: int, *, timeout: float, nccl: str = "", cuda: str = "") -> Nccl:
+        """The same for ranks that share a store of torch.distributed, with keys that nobody has used."""
+        made = cls.__new__(cls)
+        made._join(store, rank, world_size, timeout, (nccl, cuda))
+        return made
+
+    def _join(self, store: Any, rank: int, W: int, timeout: float, paths: tuple[str, str]) -> None:
+        self._host_memory = bool(paths[1])  # a stand-in; CUDA's own runtime comes with torch
+        unique, problem = b"", ""
         try:
-            unique = NcclCommunicator.unique_id(nccl, cuda)
+            NcclCommunicator = importlib.import_module("moe_kernels._host").NcclCommunicator  # compiled
+            NcclCommunicator.version(*paths)  # loads them
+            unique = NcclCommunicator.unique_id(*paths) if rank == 0 else b"no"
+        except (ImportError, RuntimeError) as error:
+            problem = str(error) or "no compiled library"
+        store.set(f"id{rank}", unique.hex() or "missing")
+        keys = [f"id{at}" for at in range(W)]
+        try:
+            store.wait(keys, timedelta(seconds=timeout))
         except RuntimeError as error:
-            unique, problem = bytes(ID_BYTES), str(error)
-        on = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
-        mine = torch.tensor([*unique, bool(problem)], dtype=torch.uint8, device=on)
-        every = torch.empty(W * len(mine), dtype=torch.uint8, device=on)
-        dist.all_gather_into_tensor(every, mine, group=group)
-        records = every.view(W, -1).cpu()
-        failed = records[:, ID_BYTES].nonzero().flatten().tolist()
-        if failed:
-            raise RuntimeError(problem or f"Nccl: rank {failed[0]} of the group could not load its libraries")
+            absent = next((at for at, key in enumerate(keys) if not store.check([key])), rank)
+            raise RuntimeError(f"Nccl: rank {absent} did not come within {timeout:g} s") from error
+        ids = [bytes(store.get(key)).decode() for key in keys]
+        if "missing" in ids:
+            raise NcclMissingError(
+                problem or f"Nccl: rank {ids.index('missing')} of the group could not load its libraries"
+            )
         device = torch.cuda.current_device() if torch.cuda.is_available() else 0
-        first = bytes(records[0, :ID_BYTES].tolist())
-        self.communicator = NcclCommunicator(W, rank, first, device=device, timeout=timeout, nccl=nccl, cuda=cuda)
+        self.communicator = NcclCommunicator(W, rank, bytes.fromhex(ids[0]), device=device, timeout=timeout,
+                                             nccl=paths[0], cuda=paths[1])  # fmt: skip
         self.rank, self.world_size = rank, W
 
-    def all_to_all(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Exchange:
+    def all_to_all(self, rows: Tensor, send: Sequence[int], receive: Sequence[int], out: Tensor | None = None,
+                   ) -> Exchange:  # fmt: skip
         """Starts sending send[p] rows to every rank p and receiving receive[p] rows from it.
 
-        rows [sum(send), ...] of any dtype on the GPU, rank by rank; what comes is [sum(receive), ...] likewise.
+        rows [sum(send), ...] of any dtype on the GPU, rank by rank; what comes is [sum(receive), ...] likewise, in
+        `out`, contiguous, if it is given.
 
         Errors: TypeError, ValueError for the arguments; RuntimeError if the communicator failed.
         """
@@ -101,7 +128,10 @@ class Nccl:
         if sum(send) != rows.shape[0]:
             check.refuse(op, "send", f"counts of the {rows.shape[0]} rows", f"{list(send)}, of {sum(send)}")
         rows = rows.contiguous()
-        came = rows.new_empty(sum(receive), *rows.shape[1:])  # on the current stream, before the exchange leaves it
+        shape = (sum(receive), *rows.shape[1:])
+        if out is not None and (out.shape != shape or out.dtype != rows.dtype or not out.is_contiguous()):
+            check.refuse(op, "out", f"{rows.dtype} {list(shape)}, contiguous", check.got(out))
+        came = rows.new_empty(shape) if out is None else out  # of the current stream, before the exchange leaves it
         width = rows[0].nbytes if len(rows) else came[0].nbytes if len(came) else 0
         sizes = [[n * width for n in counts] for counts in (send, receive)]
         work = self.communicator.all_to_all(rows.data_ptr(), sizes[0], came.data_ptr(), sizes[1], _stream(rows))

@@ -172,8 +172,10 @@ def arrivals(rank: int, folder: Path) -> dict[str, Any]:
     """Slots of each expert as they arrive, and bytes sent, for the test to count by itself."""
     case, found = integers(), {}
     mine = slice(6 * rank, 6 * rank + 6)
-    for transport, dtype in itertools.product((*TRANSPORTS, "auto"), (None, torch.float8_e4m3fn)):
-        ep = mk.ExpertParallel(experts_of(case), transport=transport, ranks_per_node=2, dispatch_dtype=dtype)
+    for transport, dtype in itertools.product((*TRANSPORTS, "auto", "static"), (None, torch.float8_e4m3fn)):
+        kind = {"capacity_factor": 8.0} if transport == "static" else {"transport": transport}
+        ep = mk.ExpertParallel(experts_of(case), ranks_per_node=2, dispatch_dtype=dtype, **kind)
+        assert ep.plan is None, "nothing is known of the tokens yet"
         seen: list[Tensor] = []
         ep.experts.register_forward_pre_hook(lambda _m, args, seen=seen: seen.append(args[2]))
         ep(case.x[mine], case.topk_weights[mine], case.topk_ids[mine])

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 
 import moe_kernels as mk
-from moe_kernels.calibrate import calibrate
 from moe_kernels.placement import Placement, apply_placement, balance
-from moe_kernels.planner import Links
+from moe_kernels.planning import Links
+from moe_kernels.planning.calibrate import calibrate
 
 
 def measure(rank: int, folder: Path) -> list[Any]:

@@ -59,6 +59,8 @@ def ranks(worker: str, count: int, world: int) -> Campaign:
                 found = processes.run(f"ep_soak:{worker}", Path(folder), world=world, seconds=6 * 3600.0)
             except AssertionError as error:
                 return rounds, [str(error)[-3000:]]
+            for figure in sorted(Path(folder).glob("figure*")):
+                print(f"    {figure.read_text()}", flush=True)
         return rounds, [line for said in found for line in said]
 
     return run

@@ -9,8 +9,8 @@ import processes
 import pytest
 import torch
 
-from moe_kernels.calibrate import calibrate, fit
-from moe_kernels.planner import Links, plan
+from moe_kernels.planning import Links, plan
+from moe_kernels.planning.calibrate import calibrate, fit
 
 
 def test_fit_finds_the_line() -> None:

@@ -12,7 +12,7 @@ import torch
 
 import moe_kernels as mk
 from moe_kernels import cli
-from moe_kernels.traffic import TRANSPORTS
+from moe_kernels.planning.traffic import TRANSPORTS
 
 TEXT = (Path(__file__).resolve().parents[1] / "docs" / "planning.md").read_text()
 

@@ -61,6 +61,12 @@ def test_a_rank_that_fails_or_disagrees() -> None:
         assert len(said) == 1, result
 
 
+def test_an_error_in_the_backward_of_the_experts() -> None:
+    """R7: autograd hands it on where it happened, all others are told at once; in pieces too, and without headers."""
+    results = drill("backward", "--trials", "7", "--transports", "flat,rank_dedup,two_level,allgather,static")
+    assert {(r["job"]["transport"], r["job"]["chunks"]) for r in results} >= {("flat", 1), ("two_level", 3)}
+
+
 def records(**changed: int) -> list[list[int]]:
     """Four ranks' records; the third's is changed."""
     plain = {"sequence": 1, "phase": "dispatch", "rows": 5, "tokens": 5}

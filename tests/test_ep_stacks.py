@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import closeness
 import ep_stacks
 import processes
 import pytest
@@ -111,3 +112,16 @@ def test_document() -> None:
     assert set(re.findall(r"^\| `(\w+)` \| (?:once|to|as) ", DOCUMENT, re.MULTILINE)) == set(engine.TRANSPORTS)
     options = set(re.findall(r"train_ep\.py.*?(--[a-z-]+)", DOCUMENT))
     assert options and all(f'"{option}"' in (ROOT / "examples/train_ep.py").read_text() for option in options)
+
+
+def test_the_bound_of_a_sum_in_another_order() -> None:
+    """What the workers compare with: a sum backwards is within, and not far below; what must not pass does not."""
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.randn(200, 64, dtype=torch.float64, generator=g), torch.randn(64, dtype=torch.float64, generator=g)
+    one, other = (x * w).cumsum(1)[:, -1], (x * w).flip(1).cumsum(1)[:, -1]
+    assert closeness.within(other, one, 64) and not torch.equal(other, one)
+    assert float((other - one).abs().max()) > closeness.bound(one, 64) / 300
+    for wrong in (one.float().double(), one + 2 * closeness.bound(one, 64), one * torch.nan, one[1:]):
+        assert not closeness.within(wrong, one, 64)
+    with pytest.raises(AssertionError, match="sum: .* away, .* allowed"):
+        closeness.check(one + 1e-9, one, 64, what="sum")

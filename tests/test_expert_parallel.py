@@ -10,7 +10,7 @@ import processes
 import pytest
 import torch
 
-from moe_kernels.planner import exact_traffic
+from moe_kernels.planning import exact_traffic
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +55,12 @@ def test_rows_and_bytes_are_those_of_the_plan(folder: Path) -> None:
     for (transport, dtype), _ in ranks[0].items():
         chosen = ranks[0][transport, dtype]["plan"].transport if transport == "auto" else transport
         expected = exact_traffic(ids, 8, ranks_per_node=2, hidden=6, dispatch_dtype=dtype or torch.float64,
-                                 combine_dtype=torch.float64)[chosen]  # fmt: skip
+                                 combine_dtype=torch.float64, capacity_factor=8.0)[chosen]  # fmt: skip
         for rank, found in enumerate(ranks):
             one = found[transport, dtype]
+            assert set(one["plan"].us) == set(ep_workers.TRANSPORTS), "a plan for every transport by name too"
+            if transport == "static":
+                assert one["sent"] == one["plan"].static_bytes
             assert torch.equal(one["counts"], counts[rank])
             sent = {kind: sum(n for (phase, _), n in one["phases"].items() if phase.startswith(kind))
                     for kind in ("dispatch", "combine")}  # fmt: skip

@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
-import subprocess
 import threading
 import time
 from pathlib import Path
@@ -16,23 +14,12 @@ from typing import Any
 import processes
 import pytest
 import torch
+from nccl_standin import library as library  # a fixture
 
 from moe_kernels.nccl import Nccl
 
 _host = pytest.importorskip("moe_kernels._host", reason="the compiled library is not built")
 NcclCommunicator = _host.NcclCommunicator
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> str:
-    compiler = os.environ.get("CXX", "c++").split()
-    if shutil.which(compiler[0]) is None:
-        pytest.skip("no C++ compiler: the stand-in for NCCL cannot be built")
-    path = tmp_path_factory.mktemp("nccl") / "libstandin.so"
-    source = Path(__file__).with_name("nccl_standin.cpp")
-    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-pthread"]
-    subprocess.run([*compiler, *flags, str(source), "-o", str(path), "-lrt"], check=True)
-    return str(path)
 
 
 def run(worker: str, library: str, folder: Path, world: int) -> list[Any]:

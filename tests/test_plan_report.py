@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_kernels import cli, plan_report
+from moe_kernels import cli
 from moe_kernels.placement import balance
-from moe_kernels.planner import Links, plan
+from moe_kernels.planning import Links, plan
+from moe_kernels.planning import report as plan_report
 
 
 def said(capsys: pytest.CaptureFixture[str], *options: str) -> str:
@@ -113,5 +114,5 @@ def test_import_of_the_package_needs_no_matplotlib() -> None:
     import subprocess
     import sys
 
-    code = "import sys, moe_kernels.plan_report; assert 'matplotlib' not in sys.modules"
+    code = "import sys, moe_kernels.planning.report; assert 'matplotlib' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -12,8 +12,7 @@ import pytest
 import torch
 
 import moe_kernels as mk
-from moe_kernels import chances, flows, planner
-from moe_kernels.planner import Links, exact_traffic, metadata_bytes, owners, plan, row_bytes
+from moe_kernels.planning import Links, chances, exact_traffic, flows, metadata_bytes, owners, plan, planner, row_bytes
 
 F8, BF16 = torch.float8_e4m3fn, torch.bfloat16
 BARE = dict.fromkeys(("flat", "rank_dedup", "two_level", "allgather"), 0)
@@ -322,6 +321,31 @@ def test_recv_bytes_are_rows_of_the_chosen_transport() -> None:
     rows = counted.traffic[counted.transport].rows.values()
     width = row_bytes(64, torch.float32, metadata_bytes(counted.transport, 4))
     assert counted.recv_mean == int(sum(m.sum(0) for m in rows).max()) * width
+
+
+def test_static_places_are_those_of_the_capacity() -> None:
+    """Rows and bytes that depend on nothing; the twin: a factor more, and they differ."""
+    for T, K, E, W, factor in ((128, 4, 16, 8, 1.25), (7, 2, 8, 4, 0.1), (0, 1, 4, 2, 1.0), (5, 8, 8, 2, 9.0)):
+        slots = mk.Capacity(factor).slots(T, K, E)
+        found = plan(T, 64, 32, E, K, W, gpus_per_node=2, capacity_factor=factor, dispatch_dtype=F8)
+        width, back = row_bytes(64, F8, metadata_bytes("static", K, BF16)), row_bytes(64, BF16)
+        rows = E // W * slots + 1
+        assert found.static_bytes == {"nic": (W - 2) * rows * (width + back), "nvlink": rows * (width + back)}
+        assert found.static_recv == W * rows * width
+        counted = exact_traffic([draw(T, E, K, r) for r in range(W)], E, ranks_per_node=2, hidden=64,
+                                dispatch_dtype=F8, capacity_factor=factor)["static"]  # fmt: skip
+        assert all(counted.bytes_sent(rank) == found.static_bytes for rank in range(W))
+        more = plan(T, 64, 32, E, K, W, gpus_per_node=2, capacity_factor=factor + 2, dispatch_dtype=F8)
+        assert (more.static_recv == found.static_recv) == (slots == max(T, 1) or T == 0)
+    assert plan(8, 64, 32, 9, 2, 4, capacity_factor=1.0).static_bytes is None
+    ids = [draw(4, 8, 2, 0), draw(5, 8, 2, 1)]
+    with pytest.raises(ValueError, match="exact_traffic: topk_ids must be of one T with a capacity_factor"):
+        exact_traffic(ids, 8, ranks_per_node=2, hidden=8, capacity_factor=1.0)
+    with pytest.raises(ValueError, match="as many experts on every rank"):
+        exact_traffic([ids[0]] * 2, 8, ranks_per_node=2, hidden=8, capacity_factor=1.0,
+                      placement=torch.tensor([0] * 3 + [1] * 5))  # fmt: skip
+    with pytest.raises(ValueError, match="static_rows: capacity_factor"):
+        exact_traffic([ids[0]] * 2, 8, ranks_per_node=2, hidden=8, capacity_factor=0.0)
 
 
 def test_drops_are_the_binomial_tail() -> None:

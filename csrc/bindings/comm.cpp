@@ -80,6 +80,8 @@ void bind_comm(py::module_& m) {
           "keeps both buffers until it is done.",
           py::arg("send"), py::arg("send_bytes"), py::arg("receive"), py::arg("receive_bytes"), py::arg("stream") = 0,
           release)
+      .def("set_timeout", &Communicator::set_timeout, "Seconds from now on, for what is not connecting.",
+           py::arg("timeout"), release)
       .def("abort", &Communicator::abort, "Ends everything in flight.", release)
       .def("close", &Communicator::close, "Ends in order, with all ranks.", release)
       .def_property_readonly("world_size", &Communicator::world)

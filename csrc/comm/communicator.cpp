@@ -23,6 +23,10 @@ std::string in_seconds(double seconds) {
   return text.substr(0, text.find('.') + 2) + " s";
 }
 
+void positive(double seconds) {
+  if (!(seconds > 0)) throw std::invalid_argument("NcclCommunicator: timeout must be above 0 s");
+}
+
 }  // namespace
 
 // ---- Work
@@ -76,7 +80,7 @@ std::shared_ptr<Communicator> Communicator::connect(const Api& api, int world, i
   if (rank < 0 || rank >= world)
     throw std::invalid_argument("NcclCommunicator: rank must be in 0.." + std::to_string(world - 1) + ", got " +
                                 std::to_string(rank));
-  if (!(seconds > 0)) throw std::invalid_argument("NcclCommunicator: timeout must be above 0 s");
+  positive(seconds);
   std::shared_ptr<Communicator> made(new Communicator(api, world, rank, device, seconds));
   std::lock_guard<std::mutex> lock(made->mutex_);
   made->init(id);
@@ -197,6 +201,13 @@ std::shared_ptr<Work> Communicator::all_to_all(const char* send, const std::vect
   settle("all_to_all");
   cuda(api_.event_record(work->finished_, stream_), "cudaEventRecord");
   return work;
+}
+
+void Communicator::set_timeout(double seconds) {
+  positive(seconds);
+  same_process("set_timeout");
+  std::lock_guard<std::mutex> lock(mutex_);
+  seconds_ = seconds;
 }
 
 void Communicator::abort() {

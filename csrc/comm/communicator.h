@@ -61,6 +61,9 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   /// Ends in order, together with the others.
   void close();
 
+  /// From now on, of posting an exchange, of closing and of an abort.
+  void set_timeout(double seconds);
+
   int world() const { return world_; }
   int rank() const { return rank_; }
 
@@ -80,7 +83,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
 
   const Api& api_;
   const int world_, rank_, device_;
-  const double seconds_;
+  double seconds_;
   const pid_t pid_;
   std::mutex mutex_;
   NcclComm* comm_ = nullptr;

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .. import check
 from ..capacity import Capacity
-from ..planner import Plan, plan
+from ..planning import Plan, plan
 from ..schemas import acc_dtype
 from . import header
 from .hops import INPUTS, PARAMETERS, Call, Gathered, Hop, TwoLevel, look_up
@@ -61,7 +61,8 @@ class Engine:
     lane: str
     any_top_k: bool = False
     intermediate_size: int = 0
-    plan: Plan | None = None
+    chosen: Plan | None = None
+    seen: tuple[int, int, torch.dtype, int] | None = None
     dropped: Tensor | None = None
     bytes_sent: dict[str, int] = field(default_factory=lambda: dict.fromkeys(LINKS, 0))
     shakes: Handshakes = field(default_factory=Handshakes)
@@ -97,17 +98,18 @@ class Engine:
         self, experts: nn.Module, x: Tensor, weights: Tensor, ids: Tensor, weight_on_input: bool,
         meanwhile: Callable[[], Any] | None,
     ) -> tuple[Tensor, Any]:  # fmt: skip
-        device = x.device if isinstance(x, Tensor) else torch.device("cpu")
-        if self.link is None or self.link.broken or self.link.device.type != device.type:
-            self.link = connect(self.ranks, self.timeout, self.ranks_per_node, self.lane, device)
-        link, self.trace = self.link, []
+        link = self._connected(x)
         before = Counter(link.sent)
         with link.turn("dispatch", self._report):
-            x, weights = self._checked(x, weights, ids)
-            needs = any(p.requires_grad for p in experts.parameters())
-            call = self._call(x, weights, ids, needs)
+            x, weights, call = self._begun(x, weights, ids, any(p.requires_grad for p in experts.parameters()))
             chunks = self._resolve(call, x, ids)
-            y, extra = self._steps(experts, call, (x, weights, ids, weight_on_input), chunks, meanwhile)
+            hops = [self._hop(call) for _ in range(chunks)]
+            try:
+                y, extra = self._steps(experts, hops, (x, weights, ids, weight_on_input), meanwhile)
+            except BaseException:
+                for hop in hops:
+                    hop.forget()
+                raise
         now = link.sent
         self.bytes_sent = {
             name: sum(now[key] - before[key] for key in now if key[1] == name and not key[0].endswith("backward"))
@@ -116,6 +118,42 @@ class Engine:
         return y, extra
 
     _run_uncompiled = torch._disable_dynamo(_run)  # type: ignore[attr-defined]  # imports the compiler when called
+
+    def go(self, x: Tensor, weights: Tensor, ids: Tensor) -> tuple[Any, Tensor, Tensor, Tensor]:
+        """The way out alone, for who computes the experts himself: (hop for `come_back`, rows [R, H], weights [R, K],
+        ids int32 [R, K], places on this rank or -1)."""
+        with self._connected(x).turn("dispatch", self._report):
+            x, weights, call = self._begun(x, weights, ids, True)
+            self._resolve(call, x, ids)
+            hop = self._hop(call)
+            hop.dispatch(x, weights, ids)
+            self.trace.append(("dispatch", 0))
+            rows, w, found = hop.arrived()
+            assert w is not None and found is not None
+            return hop, rows, w, self._local(found)
+
+    def come_back(self, hop: Any, rows: Tensor) -> Tensor:
+        """The way back of `go`: y [T, H]."""
+        assert self.link is not None
+        with self.link.turn("combine", self._report):
+            hop.combine(rows)
+            y: Tensor = hop.combined()
+            return y
+
+    def _connected(self, x: Any) -> Link:
+        device = x.device if isinstance(x, Tensor) else torch.device("cpu")
+        if self.link is not None:
+            self.link.say()
+        if self.link is None or self.link.broken or self.link.device.type != device.type:
+            self.link = connect(self.ranks, self.timeout, self.ranks_per_node, self.lane, device)
+        self.trace = []
+        return self.link
+
+    def _begun(self, x: Tensor, weights: Tensor, ids: Tensor, needs: bool) -> tuple[Tensor, Tensor, Call]:
+        """After the checks: x, the weights as they travel, and the call."""
+        x, weights = self._checked(x, weights, ids)
+        self.seen = (x.shape[0], x.shape[1], x.dtype, ids.shape[1])
+        return x, weights, self._call(x, weights, ids, needs)
 
     def _report(self, error: Exception) -> None:
         """This rank failed: it says so in the exchange that the others are in or will come to."""
@@ -166,17 +204,25 @@ class Engine:
             records = call.link.agree(call.fields | own, [0] * call.link.size, "plan")
             tokens = math.ceil(sum(header.field(record, "tokens") for record in records) / len(records))
             width = max(header.field(record, "width") for record in records)
-            self.plan = self.planned(tokens, x, width)
-            self.transport, self.chunks = self.plan.transport, self.chunks or self.plan.chunks
+            self.chosen = self.planned((tokens, x.shape[1], x.dtype, width))
+            self.transport, self.chunks = self.chosen.transport, self.chunks or self.chosen.chunks
             call.fields["transport"] = self._transport_field()
         return self.chunks or 1
 
-    def planned(self, tokens: int, x: Tensor, top_k: int) -> Plan:
-        """What the planner says of a layer with so many tokens a rank."""
+    @property
+    def plan(self) -> Plan | None:
+        """What "auto" went by; with a transport by name, what the planner says of this rank's last forward."""
+        if self.chosen is not None or self.seen is None:
+            return self.chosen
+        return self.planned(self.seen)
+
+    def planned(self, of: tuple[int, int, torch.dtype, int]) -> Plan:
+        """What the planner says of a layer with so many tokens a rank, hidden size, dtype and experts a token."""
+        tokens, hidden, dtype, top_k = of
         E = self.owner.shape[0]
         return plan(
-            tokens, x.shape[1], self.intermediate_size or x.shape[1], E, min(top_k, E), len(self.ranks),
-            gpus_per_node=self.ranks_per_node, dispatch_dtype=self.dispatch_dtype or x.dtype, combine_dtype=x.dtype,
+            tokens, hidden, self.intermediate_size or hidden, E, min(top_k, E), len(self.ranks),
+            gpus_per_node=self.ranks_per_node, dispatch_dtype=self.dispatch_dtype or dtype, combine_dtype=dtype,
             capacity_factor=self.capacity_factor,
             placement=None if bool((self.owner < 0).any()) else self.owner.cpu(),
         )  # fmt: skip
@@ -191,12 +237,12 @@ class Engine:
         return Hop(call, self.owner, self.transport == "rank_dedup")
 
     def _steps(
-        self, experts: nn.Module, call: Call, inputs: tuple[Tensor, Tensor, Tensor, bool], chunks: int,
+        self, experts: nn.Module, hops: Sequence[Any], inputs: tuple[Tensor, Tensor, Tensor, bool],
         meanwhile: Callable[[], Any] | None,
     ) -> tuple[Tensor, Any]:  # fmt: skip
         x, weights, ids, on_input = inputs
+        chunks, extra = len(hops), None
         parts = [torch.tensor_split(t, chunks) if chunks > 1 else (t,) for t in (x, weights, ids)]
-        hops, extra = [self._hop(call) for _ in range(chunks)], None
         for step, i in schedule(chunks):
             if step == "dispatch":
                 hops[i].dispatch(*(part[i] for part in parts))
@@ -222,9 +268,10 @@ class Engine:
         return torch.where(here, look_up(self.place, ids), -1).int()
 
     def raise_if_failed(self) -> None:
-        """With a static capacity on a GPU, where nothing waits for the host: raises for a rank that failed."""
+        """On a GPU: raises for rows that never came, and with a static capacity for a rank that failed."""
         if self.link is not None:
             self.shakes.raise_if_flagged(self.link, "dispatch")
+            self.link.say()
 
 
 def places(owner: Tensor, world_size: int) -> Tensor:

@@ -117,8 +117,11 @@ class Heartbeat:
         """Whether a rank is gone or has said that it failed: waiting for it is of no use."""
         return any(peer.gone or peer.state != BEAT for peer in self.peers.values())
 
-    def culprit(self) -> tuple[int, str, str]:
-        """Asks everybody and waits a little: (position, field, why) of the rank that an exchange failed for."""
+    def culprit(self, own: bool = True) -> tuple[int, str, str]:
+        """Asks everybody and waits a little: (position, field, why) of the rank that an exchange failed for.
+
+        own: this rank's end of the connection reported an error; else it has only waited too long.
+        """
         began = time.monotonic()
         self.tell(FAILED)
         while True:
@@ -126,7 +129,7 @@ class Heartbeat:
             if found is not None or time.monotonic() > began + self.grace:
                 break
             time.sleep(0.005)
-        found = found or self._likely(began)
+        found = found or self._likely(began, own)
         self.tell(FAILED, found[0], found[1])
         return found
 
@@ -142,7 +145,7 @@ class Heartbeat:
                 return at, "process", "it has left the group"
         return None
 
-    def _likely(self, began: float) -> tuple[int, str, str]:
+    def _likely(self, began: float, own: bool) -> tuple[int, str, str]:
         def progress(at: int) -> tuple[int, float]:
             return self.peers[at].entered, self.peers[at].heard
 
@@ -154,7 +157,10 @@ class Heartbeat:
         if behind:
             worst = min(behind, key=progress)
             return worst, "absent", f"it lives but is at exchange {self.peers[worst].entered}, not {self.entered}"
-        return self.position, "transport", "all ranks live and came; the connection between them failed"
+        if own:
+            return self.position, "transport", "all ranks live and came; its connection to them failed"
+        first = min([self.position, *(at for at, peer in self.peers.items() if peer.state == FAILED)])
+        return first, "transport", "all ranks live and came, and the rows did not; it stands for all that waited"
 
     def close(self, farewell: bool = True) -> None:
         """Ends the thread and the connections. Without a farewell in a forked child, whose thread does not exist."""

@@ -24,6 +24,7 @@ from .journey import Freight, Journey
 from .link import Link
 from .rows import Format
 
+LOST = "an exception in the backward of its experts; it raised that itself"
 INPUTS, PARAMETERS = 1, 2
 """bits of the field `needs`: what wants a gradient on a rank"""
 
@@ -43,6 +44,10 @@ class Call:
     tokens: int
     width: int
     agreed: bool = False
+
+    def guard(self, phase: str) -> Callable[[], None]:
+        """What to call if the backward of the experts ends in an exception: the others hear of it in that phase."""
+        return self.link.guard(lambda: self.link.fail_alone(phase, LOST))
 
     def agree(self, phase: str, rows: int, counts: list[int]) -> list[list[int]]:
         own = {"rows": rows, "tokens": self.tokens, "needs": self.needs, "width": self.width}
@@ -94,6 +99,7 @@ class Exchange:
             lambda rows, weights, ids: self.out(f"dispatch{self.name}", rows, weights, ids),
             lambda rows, weights, _: self._home(f"dispatch{self.name} backward", rows, weights),
             self.call.anchor(INPUTS),
+            lambda: self.call.guard(f"dispatch{self.name} backward"),
         )
 
     def combine(self) -> Journey:
@@ -121,7 +127,24 @@ def _format(call: Call, phase: str, rows: Tensor, weights: Tensor | None, ids: T
     return Format(rows.shape[1], rows.dtype, wire, n_ids, n_weights, kind)
 
 
-class Hop:
+class Leg:
+    """What begins a way out and a way back: the last journey."""
+
+    journey: Journey
+
+    def landed(self) -> Freight:
+        """The end of the last journey, which is let go of: it holds us."""
+        journey = self.journey
+        del self.journey
+        return journey.end()
+
+    def forget(self) -> None:
+        """After an error: lets go of what was begun."""
+        if hasattr(self, "journey"):
+            self.journey.forget()
+
+
+class Hop(Leg):
     """Every row to the positions that `owner` int64 [E] gives for its experts, -1 for those that are nowhere.
 
     once: one copy of a token a position, with all of its ids there; else one a slot.
@@ -150,17 +173,17 @@ class Hop:
         self.shape = (T, K)
         self.exchange = Exchange(self.call, self.name, send, receive)
         self.journey = self.exchange.dispatch()
-        self.ticket = self.journey.begin(x_rows[:P], weights, ids.int())
+        self.journey.begin(x_rows[:P], weights, ids.int())
 
     def arrived(self) -> Freight:
-        return self.journey.end(self.ticket)
+        return self.journey.end()
 
     def combine(self, rows: Tensor) -> None:
-        self.journey = self.exchange.combine()
-        self.ticket = self.journey.begin(rows)
+        out, self.journey = self.journey, self.exchange.combine()
+        self.journey.begin(rows, out=out)
 
     def combined(self) -> Tensor:
-        rows, _, _ = self.journey.end(self.ticket)
+        rows, _, _ = self.landed()
         ones = torch.ones(self.shape, dtype=acc(rows), device=rows.device)
         return ops.unpermute(rows, self.slot_to_row, ones)
 
@@ -173,6 +196,10 @@ class TwoLevel:
         rail = torch.where(owner < 0, -1, node * ranks_per_node + place)
         inside = torch.where((owner >= 0) & (node == here), owner, -1)
         self.rail, self.node = Hop(call, rail, True, " rail"), Hop(call, inside, True, " node")
+
+    def forget(self) -> None:
+        self.rail.forget()
+        self.node.forget()
 
     def dispatch(self, x: Tensor, weights: Tensor, ids: Tensor) -> None:
         self.rail.dispatch(x, weights, ids)
@@ -189,7 +216,7 @@ class TwoLevel:
         return self.rail.combined()
 
 
-class Gathered:
+class Gathered(Leg):
     """All tokens to all ranks. Ranks with fewer tokens than the most are filled up with rows of no expert."""
 
     def __init__(self, call: Call) -> None:
@@ -205,22 +232,26 @@ class Gathered:
             lambda rows, w, i: self._gather("dispatch", rows, w, i),
             lambda rows, w, _: self._sum("dispatch backward", rows, w),
             self.call.anchor(INPUTS),
+            lambda: self.call.guard("dispatch backward"),
         )
-        self.ticket = self.journey.begin(F.pad(x, more), F.pad(weights, more), F.pad(ids.int(), more, value=-1))
+        self.journey.begin(F.pad(x, more), F.pad(weights, more), F.pad(ids.int(), more, value=-1))
 
     def arrived(self) -> Freight:
-        return self.journey.end(self.ticket)
+        return self.journey.end()
 
     def combine(self, rows: Tensor) -> None:
-        self.journey = Journey(
-            lambda rows, _w, _i: self._sum("combine", rows, None),
-            lambda rows, _w, _i: self._gather_grad(rows),
-            self.call.anchor(INPUTS | PARAMETERS),
+        out, self.journey = (
+            self.journey,
+            Journey(
+                lambda rows, _w, _i: self._sum("combine", rows, None),
+                lambda rows, _w, _i: self._gather_grad(rows),
+                self.call.anchor(INPUTS | PARAMETERS),
+            ),
         )
-        self.ticket = self.journey.begin(rows)
+        self.journey.begin(rows, out=out)
 
     def combined(self) -> Tensor:
-        return self.journey.end(self.ticket)[0][: self.tokens]
+        return self.landed()[0][: self.tokens]
 
     def _gather(self, phase: str, rows: Tensor, weights: Tensor | None, ids: Tensor | None) -> Callable[[], Freight]:
         form = _format(self.call, phase, rows, weights, ids)

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from .. import check
 from ..layers import Experts, MoELayer
-from ..planner import Plan
+from ..planning import Plan, owners
 from ..routers import ExpertChoice
-from ..traffic import owners
 from .engine import DISPATCH_DTYPES, TRANSPORTS, Engine, places
 
 _OP = "ExpertParallel"
@@ -49,7 +48,8 @@ class ExpertParallel(nn.Module):
         average_gradients: divide the experts' gradients by the number of ranks, as data parallelism does with others.
         lane: layers of the same group and lane share a connection. Threads that run layers at once need a lane each.
     Attributes:
-        plan: of `moe_kernels.plan`, once "auto" has asked for it in the first forward.
+        plan: of `moe_kernels.plan`, from the first forward on: what "auto" chose by, for the mean of the ranks' tokens
+            then; with a transport by name, what the planner says of this rank's last forward. None before.
         bytes_sent: class of link ("nic" between nodes, "nvlink" inside) -> bytes of rows that this rank sent in the
             last forward.
         dropped: bool [T, K] of the last forward with a capacity.
@@ -125,7 +125,8 @@ class ExpertParallel(nn.Module):
         return self.engine.dropped
 
     def raise_if_failed(self) -> None:
-        """With a capacity on a GPU: reads whether a rank failed, which nothing else waits for; raises MoECommError."""
+        """On a GPU: raises MoECommError for rows of the last forward that never came, and with a capacity for a rank
+        that failed, which nothing else reads. Every next forward does the former too."""
         self.engine.raise_if_failed()
 
     def extra_repr(self) -> str:

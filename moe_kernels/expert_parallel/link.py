@@ -2,7 +2,7 @@
 """`Link`: the private connection of a group of ranks. Headers, payloads, deadlines; it knows nothing of experts.
 
 Two communicators of its own, so that nobody else's traffic can interleave: one for the headers, over host memory, and
-one for the rows. Layers of the same group, timeout and lane share a link.
+one for the rows (carrier.py). Layers of the same group, timeout and lane share a link.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import socket
 import threading
 import time
 import weakref
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..schemas import acc_dtype
-from . import header
+from . import carrier, header
 from .faults import LOCAL_ERRORS, MoECommError
 from .heartbeat import FAILED, Heartbeat, wait
 
@@ -37,15 +37,44 @@ LINKS = ("nic", "nvlink")
 
 _links: weakref.WeakValueDictionary[tuple[Any, ...], Link] = weakref.WeakValueDictionary()
 _made: Counter[tuple[int, ...]] = Counter()
+_asked: Counter[tuple[Any, ...]] = Counter()
 
 
 def connect(ranks: Sequence[int], timeout: float, ranks_per_node: int, lane: str, device: torch.device) -> Link:
-    """The link of these global ranks, made at the first call; every one of them has to call."""
+    """The link of these global ranks; every one of them has to call. One that all still have is used again."""
     key = (tuple(ranks), timeout, ranks_per_node, lane, device.type)
     link = _links.get(key)
-    if link is None or link.broken:
+    if link is not None and link.broken:
+        link = None
+    if len(ranks) > 1 and not _all_have(link, key):
+        link = None
+    if link is None:
         link = _links[key] = Link(list(ranks), timeout, ranks_per_node, lane, device)
     return link
+
+
+def _all_have(link: Link | None, key: tuple[Any, ...]) -> bool:
+    """Whether every rank has the link yet: one may have let go of the layers that held it, and another not."""
+    ranks, timeout = list(key[0]), float(key[1])
+    _asked[key] += 1
+    name = "_".join(map(str, [*key[0], *key[1:], _asked[key]]))
+    store = c10d.PrefixStore(f"moe_kernels/ask/{name}", c10d._get_default_store())
+    rank = dist.get_rank()
+    store.set(f"rank{rank}", "1")
+    having = store.add("have", int(link is not None))
+    if store.add("came", 1) == len(ranks):  # the last one knows
+        store.set("all", str(int(having == len(ranks))))
+    deadline = time.monotonic() + max(timeout, PATIENCE)
+    while True:
+        try:
+            store.wait(["all"], POLL)
+            return bytes(store.get("all")) == b"1"
+        except RuntimeError as error:
+            if link is not None and link.heartbeat is not None and link.heartbeat.alarm():
+                raise link._blame("connect", str(error), False) from error
+            if time.monotonic() > deadline:
+                absent = next((r for r in ranks if not store.check([f"rank{r}"])), rank)
+                raise MoECommError(absent, "process", "connect", f"it did not come: {error}") from error
 
 
 class Link:
@@ -53,7 +82,8 @@ class Link:
 
     ranks: global ranks in order; position: of this one in it. sent: bytes that the rows took, a (phase, class of link);
     header_bytes: what the headers took besides. owes: a header has promised rows that are not posted yet.
-    broken: why it is of no more use, or None.
+    broken: why it is of no more use, or None. unsaid: the same, found while nobody waited, and not raised yet.
+    verdicts: how often all ranks have raised.
     """
 
     def __init__(self, ranks: list[int], timeout: float, ranks_per_node: int, lane: str, device: torch.device) -> None:
@@ -62,9 +92,12 @@ class Link:
         self.position = ranks.index(dist.get_rank()) if self.size > 1 else 0
         self.sequence, self.pid, self.lock = 0, os.getpid(), threading.RLock()
         self.broken: MoECommError | None = None
+        self.unsaid: MoECommError | None = None
+        self.under_way: deque[tuple[Any, str, float]] = deque()
         self.sent: Counter[tuple[str, str]] = Counter()
-        self.header_bytes, self.owes = 0, False
+        self.header_bytes, self.verdicts, self.owes = 0, 0, False
         self.heartbeat: Heartbeat | None = None
+        self._watcher: threading.Thread | None = None
         if self.size > 1:
             self._connect(lane)
 
@@ -79,27 +112,17 @@ class Link:
         weakref.finalize(self, self.heartbeat.close)
         _heartbeats.add(self.heartbeat)
         try:
-            self._headers = self._gloo(c10d.PrefixStore("headers", store), patience)
+            times = (self.timeout, patience)
+            self._headers = carrier.over_gloo(c10d.PrefixStore("headers", store), self.position, self.size, times)
             rows_store = c10d.PrefixStore("rows", store)
-            if self.device.type == "cuda":
-                options = c10d.ProcessGroupNCCL.Options()
-                options._timeout = timedelta(seconds=self.timeout)
-                self._rows: Any = c10d.ProcessGroupNCCL(rows_store, self.position, self.size, options)
-            else:
-                self._rows = self._gloo(rows_store, patience)
+            self._rows = carrier.carrier(rows_store, self.position, self.size, times, self.device)
             store.set(f"ready{self.position}", "1")
             for at in range(self.size):
                 wait(store, f"ready{at}", at, self.ranks, deadline)
         except MoECommError:
             raise
         except RuntimeError as error:
-            raise self._blame("connect", str(error)) from error
-
-    def _gloo(self, store: Any, patience: float) -> Any:
-        """A communicator that may take longer to connect than any exchange may take."""
-        found = c10d.ProcessGroupGloo(store, self.position, self.size, timedelta(seconds=patience))
-        found.set_timeout(timedelta(seconds=self.timeout))
-        return found
+            raise self._blame("connect", str(error), "did not end within" not in str(error)) from error
 
     @contextmanager
     def turn(self, phase: str, report: Callable[[Exception], None] | None = None) -> Iterator[None]:
@@ -133,6 +156,16 @@ class Link:
         except MoECommError as verdict:
             raise verdict from error
 
+    def fail_alone(self, phase: str, said: str) -> None:
+        """Says in the next exchange that this rank failed, for whom nobody can raise: its own error goes on already."""
+        with suppress(MoECommError), self.lock:
+            self.agree({"status": 1, "phase": phase}, [0] * self.size, phase, said)
+
+    def guard(self, act: Callable[[], None]) -> Callable[[], None]:
+        """`act`, unless all ranks have raised meanwhile and know."""
+        before = self.verdicts
+        return lambda: act() if self.verdicts == before else None
+
     def agree(
         self, fields: dict[str, header.Value], counts: Sequence[int], phase: str, text: str = ""
     ) -> list[list[int]]:
@@ -147,41 +180,41 @@ class Link:
             self.finish(self.post(phase, lambda: self._headers._allgather_base(found, mine)), phase, found)
             self.header_bytes += mine.nbytes * (self.size - 1)
             records = found.view(self.size, -1).tolist()
-        header.judge(records, self.ranks, phase)
+        try:
+            header.judge(records, self.ranks, phase)
+        except MoECommError:
+            self.verdicts += 1
+            raise
         return records
 
     def all_to_all(self, data: Tensor, send: Sequence[int], receive: Sequence[int], phase: str) -> Callable[[], Tensor]:
         """Starts sending send[p] rows of data [sum(send), n] to every position p; the call returned ends it."""
-        out = data.new_empty(sum(receive), data.shape[1])
         self._count(phase, [rows * data.shape[1] * data.element_size() for rows in send])
         if self.size == 1:
-            return lambda: out.copy_(data)
-        work = self.post(phase, lambda: self._rows.alltoall_base(out, data, list(receive), list(send)))
-        return lambda: self.finish(work, phase, out)
+            return data.clone
+        return self._started(phase, lambda: self._rows.all_to_all(data, send, receive))
 
     def all_gather(self, data: Tensor, phase: str) -> Callable[[], Tensor]:
         """Starts bringing data [R, B], of one shape everywhere, to all: [W*R, B]."""
-        out = data.new_empty(self.size * data.shape[0], *data.shape[1:])
         self._count(phase, [data.nbytes] * self.size)
         if self.size == 1:
-            return lambda: out.copy_(data)
-        work = self.post(phase, lambda: self._rows._allgather_base(out, data))
-        return lambda: self.finish(work, phase, out)
+            return data.clone
+        return self._started(phase, lambda: self._rows.all_gather(data))
 
     def reduce_scatter(self, data: Tensor, phase: str) -> Callable[[], Tensor]:
-        """Starts summing data [W*R, n] over the ranks; each keeps its part [R, n].
-
-        gloo's own sends more than that, and its wait knows no deadline: there the parts are exchanged and summed here.
-        """
+        """Starts summing data [W*R, n] over the ranks; each keeps its part [R, n]."""
         R, n = data.shape[0] // self.size, data.shape[1]
-        if self.size > 1 and data.device.type == "cuda":
-            out = data.new_empty(R, n)
-            self._count(phase, [out.nbytes] * self.size)
-            work = self.post(phase, lambda: self._rows._reduce_scatter_base(out, data))
-            return lambda: self.finish(work, phase, out)
+        if self.size > 1 and isinstance(self._rows, carrier.Group) and self._rows.sums:
+            group = self._rows
+            self._count(phase, [R * n * data.element_size()] * self.size)
+            return self._started(phase, lambda: group.reduce_scatter(data))
         ended = self.all_to_all(data, [R] * self.size, [R] * self.size, phase)
         acc = acc_dtype(data.dtype)
         return lambda: ended().view(self.size, R, n).sum(0, dtype=acc).to(data.dtype)
+
+    def _started(self, phase: str, start: Callable[[], carrier.Started]) -> Callable[[], Tensor]:
+        work, out = self.post(phase, start)
+        return lambda: self.finish(work, phase, out)
 
     def _count(self, phase: str, sizes: Sequence[int]) -> None:
         node = self.position // self.ranks_per_node
@@ -191,6 +224,8 @@ class Link:
 
     def post(self, phase: str, start: Callable[[], Any]) -> Any:
         """Starts a collective."""
+        if self.broken is not None:
+            raise self.broken
         self.owes = False
         if self.heartbeat is not None:
             self.heartbeat.entered += 1
@@ -202,30 +237,67 @@ class Link:
     def finish(self, work: Any, phase: str, out: Tensor) -> Tensor:
         """Waits for a collective that fills out, no longer than the timeout, and not for a rank that is found dead.
 
-        On a GPU the rows' stream is waited for, not the host; work that never ends is then found by NCCL's watchdog.
+        On a GPU the rows' stream is waited for, not the host; `_watch` then looks after the deadline.
         """
         if out.device.type == "cuda":
             work.wait()
-            return out
-        deadline, alarmed = time.monotonic() + self.timeout, False
+            self.watch(work, phase, out)
+        else:
+            self._until(work, phase, time.monotonic() + self.timeout)
+        return out
+
+    def _until(self, work: Any, phase: str, deadline: float) -> None:
+        alarmed = False
         while True:
             try:
                 work.wait(POLL)
-                return out
+                return
             except RuntimeError as error:
-                polled = "Operation timed out!" in str(error)  # by this wait; the work itself says it otherwise
+                polled = carrier.NOT_YET in str(error)  # by this wait; the work itself says it otherwise
                 if polled and work.is_completed():
                     continue  # a moment after the wait gave up
                 if not polled or alarmed or time.monotonic() > deadline:
-                    raise self._blame(phase, str(error)) from error
+                    raise self._blame(phase, str(error), not polled) from error
                 alarmed = self.heartbeat is not None and self.heartbeat.alarm()  # what is on its way may still come
 
-    def _blame(self, phase: str, detail: str) -> MoECommError:
+    def say(self) -> None:
+        """Raises what the watch has found since the last call."""
+        error, self.unsaid = self.unsaid, None
+        if error is not None:
+            raise error
+
+    def watch(self, work: Any, phase: str, out: Tensor) -> None:
+        """Looks after an exchange of our own communicator that no host waits for: too late, and it is aborted, so that
+        the stream goes on and the next call raises."""
+        if not isinstance(work, carrier.Passage) or (out.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return  # torch's own has its watchdog; what is captured runs later
+        self.under_way.append((work, phase, time.monotonic() + self.timeout))
+        if self._watcher is None:
+            self._watcher = threading.Thread(target=_watch, args=(weakref.ref(self),), daemon=True)
+            self._watcher.start()
+
+    def _blame(self, phase: str, detail: str, own: bool = True) -> MoECommError:
         """The error of a lost connection, with the rank that is its cause; the link is of no use after it."""
         assert self.heartbeat is not None
-        at, field, why = self.heartbeat.culprit()
+        at, field, why = self.heartbeat.culprit(own)
         self.broken = MoECommError(self.ranks[at], field, phase, f"{why} ({detail[:160]})")
+        if (rows := getattr(self, "_rows", None)) is not None:
+            threading.Thread(target=rows.abort, daemon=True).start()  # an abort may hang; nobody waits for it
         return self.broken
+
+
+def _watch(of: weakref.ref[Link]) -> None:
+    """The thread behind `Link.watch`; it ends with its link, or when that has failed."""
+    while (link := of()) is not None and link.broken is None:
+        if link.under_way:
+            work, phase, deadline = link.under_way[0]
+            try:
+                link._until(work, phase, deadline)
+                link.under_way.popleft()
+            except MoECommError as error:
+                link.unsaid = error
+        del link
+        time.sleep(POLL.total_seconds() / 10)
 
 
 def _said(error: Exception) -> str:

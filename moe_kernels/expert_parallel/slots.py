@@ -8,6 +8,7 @@ fails still sends its places, with a status byte behind them; the others see it 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from .. import ops
 from ..capacity import limit_capacity
 from .faults import MoECommError
-from .hops import INPUTS, PARAMETERS, Call, _format, acc, look_up
+from .hops import INPUTS, PARAMETERS, Call, Leg, _format, acc, look_up
 from .journey import Freight, Journey
 from .link import Link
 
@@ -43,11 +44,12 @@ class Handshakes:
     def raise_if_flagged(self, link: Link, phase: str) -> None:
         """Reads `flagged`: on a GPU this waits for it."""
         if self.flagged is not None and self.flagged.any():
+            link.verdicts += 1
             rank, self.flagged = link.ranks[int(self.flagged.nonzero()[0])], None
             raise MoECommError(rank, "error", phase, "it failed; its own error says why")
 
 
-class Slotted:
+class Slotted(Leg):
     """The hop of a static capacity. Slots beyond it are dropped as `limit_capacity` drops them, rank by rank."""
 
     def __init__(self, call: Call, owner: Tensor, place: Tensor, capacity: int, shakes: Handshakes) -> None:
@@ -81,22 +83,26 @@ class Slotted:
             lambda rows, weights, ids: self._carry("dispatch", rows, weights, ids),
             lambda rows, weights, _: self._agreed_carry("dispatch backward", rows, weights),
             self.call.anchor(INPUTS),
+            lambda: self.call.link.guard(self._lost),
         )
-        self.ticket = self.journey.begin(rows, w, sent)
+        self.journey.begin(rows, w, sent)
 
     def arrived(self) -> Freight:
-        return self.journey.end(self.ticket)
+        return self.journey.end()
 
     def combine(self, rows: Tensor) -> None:
-        self.journey = Journey(
-            lambda rows, _w, _i: self._agreed_carry("combine", rows, None),
-            lambda rows, _w, _i: self._agreed_carry("combine backward", rows, None),
-            self.call.anchor(INPUTS | PARAMETERS),
+        out, self.journey = (
+            self.journey,
+            Journey(
+                lambda rows, _w, _i: self._agreed_carry("combine", rows, None),
+                lambda rows, _w, _i: self._agreed_carry("combine backward", rows, None),
+                self.call.anchor(INPUTS | PARAMETERS),
+            ),
         )
-        self.ticket = self.journey.begin(rows)
+        self.journey.begin(rows, out=out)
 
     def combined(self) -> Tensor:
-        rows, _, _ = self.journey.end(self.ticket)
+        rows, _, _ = self.landed()
         ones = torch.ones(self.shape, dtype=acc(rows), device=rows.device)
         return ops.unpermute(rows, self.slot_to_place, ones)
 
@@ -124,7 +130,9 @@ class Slotted:
         count = data.shape[1]
         self.shakes.sizes[phase] = (count, data.shape[2])
         if phase == "dispatch":
-            self.shakes.sizes["combine"] = (count, rows.shape[1] * rows.element_size())
+            back = rows.shape[1] * rows.element_size()
+            self.shakes.sizes["combine"] = (count, back)
+            self.shakes.sizes["dispatch backward"] = (count, back + (0 if weights is None else weights.element_size()))
         ended = link.all_to_all(data.flatten(0, 1), [count] * link.size, [count] * link.size, phase)
 
         def end() -> Freight:
@@ -133,6 +141,11 @@ class Slotted:
             return form.unpack(whole[:, :-1].reshape(-1, data.shape[2]))
 
         return end
+
+    def _lost(self) -> None:
+        """The backward of the experts ended in an exception here: the others read so in the exchange after it."""
+        with suppress(MoECommError), self.call.link.lock:
+            self.shakes.send_failure(self.call.link, "dispatch backward")
 
     def _read_status(self, status: Tensor, phase: str) -> None:
         bad = status != 0

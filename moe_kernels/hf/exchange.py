@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..expert_parallel.engine import Engine, places
 from ..expert_parallel.layer import group_ranks
-from ..traffic import owners
+from ..planning import owners
 
 NAME = "moe_kernels"
 TIMEOUT = 30.0

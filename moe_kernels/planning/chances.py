@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import check
+from .. import check
 
 
 def hit_uniform(sizes: Tensor, E: int, K: int) -> Tensor:

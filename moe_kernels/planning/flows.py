@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import chances, check
+from .. import check
+from . import chances
 from .traffic import LINKS, exact_traffic, owners
 
 Ids = Sequence[Tensor] | Tensor

@@ -17,9 +17,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from . import chances, check
+from .. import check
+from . import chances
 from .flows import Flow, Shape, flows
-from .traffic import LINKS, TRANSPORTS, Traffic, exact_traffic, metadata_bytes, owners, row_bytes
+from .traffic import LINKS, STATIC, TRANSPORTS, Traffic, exact_traffic, metadata_bytes, owners, row_bytes, static_rows
 
 __all__ = ["Cost", "Links", "Plan", "exact_traffic", "metadata_bytes", "owners", "plan", "row_bytes"]
 
@@ -80,6 +81,8 @@ class Plan:
     recv_worst: bytes of the buffer that receives the dispatch, on the fullest rank: expected, in 99 of 100 steps, ever.
     drop_prob: expected share of the slots beyond the capacity; overflow_prob: chance that an expert overflows.
     step_us: with the expert products, at each transport's best chunk count. imbalance: fullest rank over the mean.
+    static_bytes, static_recv: with a capacity, and places of a fixed number instead: what every rank sends in dispatch
+    and combine, a class of link, and its buffer, both exactly; None where E is no multiple of the ranks.
     """
 
     transport: str
@@ -97,6 +100,8 @@ class Plan:
     compute_us: float
     imbalance: float
     world_size: int
+    static_bytes: dict[str, int] | None
+    static_recv: int | None
     phases: dict[str, tuple[Cost, Cost]] = field(repr=False)
     """transport -> (dispatch, combine)"""
     traffic: dict[str, Traffic] | None = field(default=None, repr=False)
@@ -168,11 +173,19 @@ def plan(
     best = {name: _best_chunks(shape, pair, compute) for name, pair in phases.items()}
     transport = min(best, key=lambda name: best[name][0])
     recv, drops = found.received[transport], _drops(shape, found.load, capacity_factor)
+    static_bytes, static_recv = None, None
+    if capacity_factor is not None and E % world_size == 0:
+        each = static_rows(T, K, E, world_size, capacity_factor)
+        static = row_bytes(H, dispatch_dtype, metadata_bytes(STATIC, K, combine_dtype))
+        peers = {"nic": world_size - shape.g, "nvlink": shape.g - 1}
+        static_bytes = {link: peers[link] * each * (static + back) for link in LINKS}
+        static_recv = world_size * each * static
     traffic = None
     if topk_ids is not None:
         traffic = exact_traffic(topk_ids, E, ranks_per_node=gpus_per_node, hidden=H, dispatch_dtype=dispatch_dtype,
                                 combine_dtype=combine_dtype, placement=placement, metadata=metadata)  # fmt: skip
     return Plan(
+        static_bytes=static_bytes, static_recv=static_recv,
         transport=transport, chunks=best[transport][1],
         bytes={name: {link: sum(c.bytes[link] for c in pair) for link in LINKS} for name, pair in phases.items()},
         rows={name: pair[0].rows for name, pair in phases.items()},

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from . import check, presets
-from .placement import balance
+from .. import check, presets
+from ..placement import balance
 from .planner import Links, Plan, plan
 
 DTYPES = {"fp8": torch.float8_e4m3fn, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -142,7 +142,7 @@ def _links(text: str) -> Links:
 
 def _load(path: str, layer: str | None) -> list[float]:
     """Counts of one layer, of all records together."""
-    from . import plots
+    from .. import plots
 
     recorded = plots.load(path)
     known = plots.layers(recorded)

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import check
+from .. import check
 from .planner import Links
 
 SIZES = (1 << 12, 1 << 16, 1 << 20, 1 << 22)

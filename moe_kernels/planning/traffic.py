@@ -8,6 +8,7 @@ Letters: W ranks, g ranks a node, N nodes, T tokens of a rank, H hidden, K exper
     two_level   a row for every (token, node) to the rank of the same place on that node ("rail"), and from there one
                 for every (token, rank) inside the node ("node")
     allgather   every token to every rank, filled up to the tokens of the fullest rank
+    static      with a capacity: so many places for every (rank, expert) and a status row for every rank
 
 The combine moves the same rows the other way. Which rank sends what is decided here and nowhere else.
 """
@@ -21,9 +22,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import check
+from .. import check
 
 TRANSPORTS = ("flat", "rank_dedup", "two_level", "allgather")
+STATIC = "static"
 LINKS = ("nic", "nvlink")
 """between nodes, and inside one"""
 SCALE_BLOCK = 128
@@ -42,9 +44,9 @@ def row_bytes(hidden: int, dtype: torch.dtype, metadata: int = 0) -> int:
 
 def metadata_bytes(transport: str, top_k: int, dtype: torch.dtype = torch.float32) -> int:
     """Bytes that a dispatched row carries beside the hidden state: int32 ids and weights (float64 for a float64 layer,
-    else float32), K of both, or one where a row is for one expert (flat). A combined row carries nothing."""
-    check.choice("metadata_bytes", "transport", transport, TRANSPORTS)
-    return (1 if transport == "flat" else top_k) * (4 + (8 if dtype == torch.float64 else 4))
+    else float32), K of both, or one where a row is for one expert (flat, static). A combined row carries nothing."""
+    check.choice("metadata_bytes", "transport", transport, (*TRANSPORTS, STATIC))
+    return (1 if transport in ("flat", STATIC) else top_k) * (4 + (8 if dtype == torch.float64 else 4))
 
 
 def owners(num_experts: int, world_size: int) -> Tensor:
@@ -54,6 +56,19 @@ def owners(num_experts: int, world_size: int) -> Tensor:
     held = torch.full((world_size,), num_experts // world_size)
     held[: num_experts % world_size] += 1
     return torch.repeat_interleave(torch.arange(world_size), held)
+
+
+def static_rows(tokens: int, top_k: int, num_experts: int, world_size: int, capacity_factor: float) -> int:
+    """Rows from every rank to every other with a static capacity: ceil(T * K / E * factor) places, 1 to T, for each of
+    its E / W experts, and one row more that says whether the sender failed."""
+    for name, value in (("tokens", tokens), ("top_k", top_k), ("num_experts", num_experts), ("world_size", world_size)):
+        check.count("static_rows", name, value, 0 if name == "tokens" else 1)
+    if not isinstance(capacity_factor, (int, float)) or not 0 < capacity_factor < 1e6:
+        check.refuse("static_rows", "capacity_factor", "a number above 0", check.got(capacity_factor))
+    if num_experts % world_size:
+        check.refuse("static_rows", "num_experts", f"a multiple of the {world_size} ranks", str(num_experts))
+    places = math.ceil(tokens * top_k / num_experts * capacity_factor)
+    return num_experts // world_size * min(max(places, 1), max(tokens, 1)) + 1
 
 
 @dataclass(frozen=True)
@@ -102,7 +117,7 @@ class Traffic:
 def exact_traffic(
     topk_ids: Sequence[Tensor] | Tensor, num_experts: int, *, ranks_per_node: int, hidden: int,
     dispatch_dtype: torch.dtype = torch.bfloat16, combine_dtype: torch.dtype = torch.bfloat16,
-    placement: Tensor | None = None, metadata: dict[str, int] | None = None,
+    placement: Tensor | None = None, metadata: dict[str, int] | None = None, capacity_factor: float | None = None,
 ) -> dict[str, Traffic]:  # fmt: skip
     """Rows and bytes of every transport for what each rank's tokens chose.
 
@@ -115,6 +130,7 @@ def exact_traffic(
         dispatch_dtype, combine_dtype: of the rows that go, and that come back (the layer's own).
         placement: int [E], the rank of every expert; `owners(E, W)` by default.
         metadata: transport -> bytes beside a dispatched row; `metadata_bytes` by default.
+        capacity_factor: with it "static" too, of `static_rows`. All ranks need the same T and as many experts then.
     Returns:
         transport -> Traffic.
 
@@ -138,7 +154,14 @@ def exact_traffic(
     if W % ranks_per_node == 0 or ranks_per_node > W:
         moved["two_level"] = _two_level([h > 0 for h in hit], min(ranks_per_node, W))
     moved["allgather"] = {"allgather": tokens.expand(W, W).contiguous()}
-    beside = {name: metadata_bytes(name, K, combine_dtype) for name in TRANSPORTS} | (metadata or {})
+    if capacity_factor is not None:
+        if len({len(t) for t in ids}) > 1:
+            check.refuse(op, "topk_ids", "of one T with a capacity_factor", str([len(t) for t in ids]))
+        if len(set(torch.bincount(owner.long().cpu(), minlength=W).tolist())) > 1:
+            check.refuse(op, "placement", "as many experts on every rank with a capacity_factor", str(owner.tolist()))
+        each = static_rows(len(ids[0]), K, num_experts, W, capacity_factor)
+        moved[STATIC] = {STATIC: torch.full((W, W), each)}
+    beside = {name: metadata_bytes(name, K, combine_dtype) for name in (*TRANSPORTS, STATIC)} | (metadata or {})
     back = row_bytes(hidden, combine_dtype)
     return {
         name: Traffic(rows, row_bytes(hidden, dispatch_dtype, beside[name]), back, ranks_per_node)
