@@ -11,7 +11,8 @@ using test::expect_equal;
 using test::map_of;
 using test::outcome;
 
-// ---------------------------------------------------------------- a pipeline: one warpgroup loads, two multiply, 128 x N
+// ---------------------------------------------------------------- a pipeline: one warpgroup loads, two multiply, 128 x
+// N
 constexpr int kRows = 128, kDepth = 64, kStages = 2, kColumns = 64;
 constexpr uint32_t kTileA = kRows * kDepth * 2, kTileB = kColumns * kDepth * 2, kTileD = kRows * kColumns * 2;
 
@@ -111,10 +112,10 @@ std::string run_pipeline(int rows, int columns, int depth) {
   const Problem p(rows, columns, depth);
   Device<uint16_t> a(p.a), b(p.b), out(p.want.size());
   const LaunchShape shape{dim3(1), dim3(384), Layout::bytes + 1024};
-  const std::string report = outcome(
-      launch(shape, nullptr, pipeline, map_of(a, DType::bf16, {depth, rows}, {kDepth, kRows}, 128),
-             map_of(b, DType::bf16, {depth, columns}, {kDepth, kColumns}, 128),
-             map_of(out, DType::bf16, {columns, rows}, {kColumns, 64}, 128), (depth + kDepth - 1) / kDepth));
+  const std::string report =
+      outcome(launch(shape, nullptr, pipeline, map_of(a, DType::bf16, {depth, rows}, {kDepth, kRows}, 128),
+                     map_of(b, DType::bf16, {depth, columns}, {kDepth, kColumns}, 128),
+                     map_of(out, DType::bf16, {columns, rows}, {kColumns, 64}, 128), (depth + kDepth - 1) / kDepth));
   return report.empty() ? expect_equal(out.host(), p.want) : report;
 }
 

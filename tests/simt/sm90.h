@@ -11,7 +11,8 @@ using cuda::TensorMap;
 
 /// A descriptor of wgmma: bytes; layout 0 none, 1 128B, 2 64B, 3 32B.
 MOE_DEVICE uint64_t descriptor(uint32_t start, uint32_t lbo, uint32_t sbo, uint32_t layout) {
-  return uint64_t((start & 0x3ffff) >> 4) | uint64_t(lbo >> 4) << 16 | uint64_t(sbo >> 4) << 32 | uint64_t(layout) << 62;
+  return uint64_t((start & 0x3ffff) >> 4) | uint64_t(lbo >> 4) << 16 | uint64_t(sbo >> 4) << 32 |
+         uint64_t(layout) << 62;
 }
 
 /// The next multiple of 1024 in shared memory: tiles that are swizzled by 128 bytes start there.
