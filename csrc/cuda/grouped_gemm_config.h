@@ -7,28 +7,39 @@
 
 namespace moe::cuda {
 
-/// A tile of D that one block computes: 16 rows by 8 columns by 32 bytes of the sum at a time on the tensor cores.
+/// A tile of D that a block computes, and how. mma: 16 rows by 8 columns by 32 bytes of the sum at a time, each warp
+/// its part of the tile, a block a tile. wgmma (sm_90a, `consumers` > 0): 64 rows by all columns at a time; blocks
+/// stay.
 struct TileRow {
   const char* name;
   int rows, columns;     // of D
   int slice;             // bytes of the sum in a stage
   int stages;            // in shared memory, all but one of them in flight
-  int warps_m, warps_n;  // of a block
+  int warps_m, warps_n;  // of a block that multiply; of a consumer where tiles are its own
   bool has_tf32;
-  constexpr int warps() const { return warps_m * warps_n; }
+  int consumers = 0;       // warpgroups, beside one that copies
+  bool ping_pong = false;  // a tile is one consumer's, and one of them finishes while the other multiplies
+  int cluster = 1;         // blocks with neighbouring rows that share what they read of b
+  constexpr bool wgmma() const { return consumers > 0; }
+  constexpr int warps() const { return wgmma() ? 4 * (1 + consumers) : warps_m * warps_n; }
   constexpr int threads() const { return 32 * warps(); }
   constexpr int warp_rows() const { return rows / warps_m; }
   constexpr int warp_columns() const { return columns / warps_n; }
   constexpr int stage_bytes() const { return (rows + columns) * slice; }
   constexpr int staging_stride() const { return (warp_columns() + 8) * 4; }  // rows 8 banks apart
   constexpr int shared_bytes() const {
+    if (wgmma()) return 1024 + stages * (stage_bytes() + 16);  // alignment and barriers
     const int staging = warps() * 16 * staging_stride(), ring = stages * stage_bytes();
     return staging > ring ? staging : ring;
   }
-  constexpr int registers() const { return warp_rows() * warp_columns() / 32 + 112; }  // of a thread, about
+  constexpr int registers() const { return wgmma() ? 168 : warp_rows() * warp_columns() / 32 + 112; }  // about
 };
 
 constexpr TileRow kTileRows[] = {
+    {"wgmma 2x128x256", 128, 256, 128, 4, 8, 1, false, 2, false, 2},
+    {"wgmma 128x256", 128, 256, 128, 4, 8, 1, false, 2},
+    {"wgmma 128x128", 128, 128, 128, 6, 4, 1, false, 2, true},
+    {"wgmma 64x256", 64, 256, 128, 5, 4, 1, false, 2, true},
     {"mma 128x256", 128, 256, 64, 4, 2, 4, false},
     {"mma 128x128", 128, 128, 64, 3, 2, 2, true},
     {"mma 64x128", 64, 128, 64, 4, 2, 2, true},
