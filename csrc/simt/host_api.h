@@ -45,6 +45,7 @@ struct LaunchConfig {
   dim3 grid, block;
   uint32_t shared_bytes;
   bool cooperative, programmatic;
+  uint32_t cluster;    // blocks along x
   const void* kernel;  // names it in reports
 };
 /// Runs `body(arguments)` once a thread of the grid. `arguments` is where the launch keeps the kernel's parameters.
