@@ -257,12 +257,14 @@ MOE_DEVICE void exchange(float (&v)[8], int lane) {
 /// warp.
 template <class S> MOE_DEVICE void take(const TileSums<S>& sum, int set, int group, int lane, float (&v)[8]) {
   constexpr int groups = S::columns / 32;
-  // Registers have no index: one of these copies happens.
+  // Registers have no index: one of these copies happens, and the fence keeps the compiler from making one of them.
 #pragma unroll
   for (int x = 0; x < 2 * S::m64 * groups; ++x) {
-    if (x != set * groups + group) continue;
+    if (x == set * groups + group) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) v[i] = sum[x / groups / 2][(x % groups * 4 + i / 2) * 4 + x / groups % 2 * 2 + i % 2];
+      for (int i = 0; i < 8; ++i) v[i] = sum[x / groups / 2][(x % groups * 4 + i / 2) * 4 + x / groups % 2 * 2 + i % 2];
+      wgmma_fence_operands(v);
+    }
   }
   exchange(v, lane);
 }
@@ -294,7 +296,9 @@ template <class S> MOE_DEVICE void finish_tile(const GroupedRows& g, const Outpu
       if (p.kind == Epilogue::plain) {
         finish_plain<T, 8>(p, row, g.N, n, v);
       } else if (p.kind == Epilogue::activation_backward) {
-        share += finish_backward<T, 8>(p, row, limit, n, v);
+        float low[4] = {v[0], v[1], v[2], v[3]}, high[4] = {v[4], v[5], v[6], v[7]};  // eight take too many registers
+        share += finish_backward<T, 4>(p, row, limit, n, low);
+        if (n + 4 < limit) share += finish_backward<T, 4>(p, row, limit, n + 4, high);
       } else if (own == 8) {
         finish_activation<T, 8>(p, row, limit, n, v, up);
       } else {
