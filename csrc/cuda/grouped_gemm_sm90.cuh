@@ -208,26 +208,35 @@ template <class S> MOE_DEVICE void release(const typename S::RingOf& ring, const
   }
 }
 
+/// The products of one slice, queued.
+template <class S> MOE_DEVICE void multiply_slice(const Operand& a, const Operand& b, bool accumulate,
+                                                  TileSums<S>& sum) {
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < kSliceElements / kStepElements; ++step)
+#pragma unroll
+    for (int m = 0; m < S::m64; ++m)
+      wgmma<typename S::T, S::columns, 0, S::across>(
+          sum[m], a.moved(step * kStepBytes<false> + m * 64 * kSliceBytes).word(),
+          b.moved(step * kStepBytes<S::across>).word(), accumulate || step > 0);
+  wgmma_commit_group();
+}
+
 /// The sums of one tile. While the products of a slice run, those of the slice before end and its stage is released.
 /// first: of this consumer's rows in the tile.
 template <class S> MOE_DEVICE void multiply(const typename S::RingOf& ring, typename S::Place& place, int slices,
                                             int first, int lane, TileSums<S>& sum) {
+  const Operand a = operand_at<false>(ring.at + uint32_t(first * kSliceBytes));
+  const Operand b = operand_at<S::across>(ring.at + S::a_bytes);
+  ring.wait_full(place);
+  multiply_slice<S>(ring.in_stage(place, a), ring.in_stage(place, b), false, sum);
   typename S::Place before = place;
-  for (int s = 0; s < slices; ++s) {
+  place.next();
+  for (int s = 1; s < slices; ++s) {
     ring.wait_full(place);
-    const uint32_t stage = ring.stage(place);
-    const uint64_t a = operand_at<false>(stage + uint32_t(first * kSliceBytes));
-    const uint64_t b = operand_at<S::across>(stage + S::a_bytes);
-    wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < kSliceElements / kStepElements; ++step)
-#pragma unroll
-      for (int m = 0; m < S::m64; ++m)
-        wgmma<typename S::T, S::columns, 0, S::across>(sum[m], a + rows_along(m * 64) + step * kStep<false>,
-                                                       b + step * kStep<S::across>, s + step > 0);
-    wgmma_commit_group();
+    multiply_slice<S>(ring.in_stage(place, a), ring.in_stage(place, b), true, sum);
     wgmma_wait_group<1>();
-    if (s > 0) release<S>(ring, before, lane);
+    release<S>(ring, before, lane);
     before = place;
     place.next();
   }

@@ -14,17 +14,20 @@ namespace moe::cuda {
 constexpr int kSliceBytes = 128, kSliceElements = 64, kAtomBytes = 1024, kBoxBytes = kSliceElements * kSliceBytes;
 constexpr int kWarpgroup = 128, kStepElements = 16;  // threads; of the sum that one wgmma takes
 
-/// The descriptor of an operand that starts at `shared`: a chunk address, how far the next 64 columns are (lead) and
-/// how far the next eight rows (stride).
-MOE_DEVICE uint64_t wgmma_descriptor(uint32_t shared, uint32_t lead, uint32_t stride) {
-  return uint64_t(shared >> 4 & 0x3fff) | uint64_t(lead >> 4) << 16 | uint64_t(stride >> 4) << 32 | uint64_t(1) << 62;
+/// An operand in shared memory as wgmma is told of it: where it starts, how far the next 64 columns are (lead) and how
+/// far the next eight rows (stride), all in 16 bytes. Addresses take 14 bits of the low word: moving adds to it alone.
+struct Operand {
+  uint32_t low, high;
+  MOE_DEVICE Operand moved(uint32_t bytes) const { return {low + bytes / 16, high}; }
+  MOE_DEVICE uint64_t word() const { return uint64_t(high) << 32 | low; }
+};
+/// kAcross: across the sum.
+template <bool kAcross> MOE_DEVICE Operand operand_at(uint32_t shared) {
+  constexpr uint32_t lead = kAcross ? kBoxBytes : 16, stride = kAtomBytes, swizzle_128 = 1u << 30;
+  return {shared / 16 | lead / 16 << 16, stride / 16 | swizzle_128};
 }
-/// What a step of 16 along the sum adds to a descriptor, and what m rows (a multiple of 64) along the sum do.
-template <bool kAcross> constexpr uint64_t kStep = (kAcross ? kStepElements * kSliceBytes : kStepElements * 2) >> 4;
-MOE_BOTH uint64_t rows_along(int m) { return uint64_t(m * kSliceBytes) >> 4; }
-template <bool kAcross> MOE_DEVICE uint64_t operand_at(uint32_t shared) {
-  return kAcross ? wgmma_descriptor(shared, kBoxBytes, kAtomBytes) : wgmma_descriptor(shared, 16, kAtomBytes);
-}
+/// From a step of kStepElements of the sum to the next.
+template <bool kAcross> constexpr uint32_t kStepBytes = kStepElements * (kAcross ? kSliceBytes : 2);
 
 /// Where chunk `chunk` of row `row` lies in a swizzled tile.
 MOE_DEVICE uint32_t swizzled_chunk(int row, int chunk) { return uint32_t(row * kSliceBytes + (chunk ^ row % 8) * 16); }
@@ -42,12 +45,15 @@ template <int kStages> struct Turn {
 /// Stages of `kStageBytes` at a multiple of 1024 bytes, then their barriers: full and empty ones.
 template <int kStages, int kStageBytes> struct Ring {
   static_assert(kStageBytes % kAtomBytes == 0);
-  static constexpr uint32_t bytes = kAtomBytes + kStages * (kStageBytes + 16);  // with what alignment may take
   using Place = Turn<kStages>;
   uint32_t at;
 
   explicit MOE_DEVICE Ring(uint32_t shared) : at((shared + kAtomBytes - 1) / kAtomBytes * kAtomBytes) {}
   MOE_DEVICE uint32_t stage(const Place& p) const { return at + p.stage * kStageBytes; }
+  /// An operand of the first stage in this one.
+  MOE_DEVICE Operand in_stage(const Place& p, const Operand& o) const {
+    return {o.low + p.stage * (kStageBytes / 16), o.high};
+  }
   MOE_DEVICE uint32_t full(const Place& p) const { return at + kStages * kStageBytes + p.stage * 8; }
   MOE_DEVICE uint32_t empty(const Place& p) const { return full(p) + kStages * 8; }
   /// By one thread, before all meet.
