@@ -28,7 +28,7 @@ struct TileRow {
   constexpr int stage_bytes() const { return (rows + columns) * slice; }
   constexpr int staging_stride() const { return (warp_columns() + 8) * 4; }  // rows 8 banks apart
   constexpr int shared_bytes() const {
-    if (wgmma()) return 1024 + stages * (stage_bytes() + 16);  // alignment and barriers
+    if (wgmma()) return 1024 + stages * (stage_bytes() + 16) + 16;  // alignment and barriers
     const int staging = warps() * 16 * staging_stride(), ring = stages * stage_bytes();
     return staging > ring ? staging : ring;
   }

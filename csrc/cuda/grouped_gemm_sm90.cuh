@@ -222,29 +222,49 @@ template <class S> MOE_DEVICE void multiply_slice(const Operand& a, const Operan
   wgmma_commit_group();
 }
 
-/// The sums of one tile. While the products of a slice run, those of the slice before end and its stage is released.
-/// first: of this consumer's rows in the tile.
+/// Queues the products of one tile. While those of a slice run, those of the slice before end and its stage is
+/// released.
 template <class S> MOE_DEVICE void multiply(const typename S::RingOf& ring, typename S::Place& place, int slices,
                                             int first, int lane, TileSums<S>& sum) {
   const Operand a = operand_at<false>(ring.at + uint32_t(first * kSliceBytes));
   const Operand b = operand_at<S::across>(ring.at + S::a_bytes);
   ring.wait_full(place);
   multiply_slice<S>(ring.in_stage(place, a), ring.in_stage(place, b), false, sum);
-  typename S::Place before = place;
-  place.next();
   for (int s = 1; s < slices; ++s) {
+    const typename S::Place before = place;
+    place.next();
     ring.wait_full(place);
     multiply_slice<S>(ring.in_stage(place, a), ring.in_stage(place, b), true, sum);
     wgmma_wait_group<1>();
     release<S>(ring, before, lane);
-    before = place;
-    place.next();
   }
+}
+/// The sums of the tile are there.
+template <class S> MOE_DEVICE void end_products(const typename S::RingOf& ring, typename S::Place& place, int lane,
+                                                TileSums<S>& sum) {
   wgmma_wait_group<0>();
 #pragma unroll
   for (int m = 0; m < S::m64; ++m) wgmma_fence_operands(sum[m]);
-  release<S>(ring, before, lane);
+  release<S>(ring, place, lane);
+  place.next();
 }
+
+/// Whose turn it is to multiply where tiles alternate between two consumers. A consumer that went ahead would take the
+/// stages of the other's tile, a round before its own, for its own: a barrier tells odd rounds from even ones only.
+struct Alternation {
+  uint32_t at;  // a barrier each
+  MOE_DEVICE void start() const {
+    mbarrier_init(at, 4);
+    mbarrier_init(at + 8, 4);
+  }
+  /// Before a consumer's tile, counted from 0: until the other has queued its one before. Nothing is before the first.
+  MOE_DEVICE void wait(int consumer, uint32_t tile) const {
+    mbarrier_wait_parity(at + consumer * 8, (tile + 1 + consumer) % 2);
+  }
+  MOE_DEVICE void pass(int consumer, int lane) const {
+    if (lane == 0) mbarrier_arrive(at + (1 - consumer) * 8);
+  }
+};
 
 /// Four lanes have two neighbours each of four chunks of eight; then each has a chunk: lane % 4 says which.
 MOE_DEVICE void exchange(float (&v)[8], int lane) {
@@ -328,17 +348,21 @@ template <class S> MOE_DEVICE void finish_tile(const GroupedRows& g, const Outpu
 template <class S> MOE_DEVICE void consume(const GroupedRows& g, const typename S::RingOf& ring, uint32_t column_tiles,
                                            int slices, int consumer, int warp, int lane) {
   constexpr bool ping_pong = S::row.ping_pong;
+  const Alternation turns{ring.end()};
+  const int first = ping_pong ? 0 : consumer * 64;  // of this consumer's rows in the tile
   TileWalk<S> walk(g, column_tiles, ping_pong ? consumer : 0, ping_pong ? 2 : 1);
-  const int first = ping_pong ? 0 : consumer * 64;
   typename S::Place place;
-  uint32_t slice = ping_pong && consumer ? slices : 0;  // where this consumer's next tile begins
-  OutputTile tile = walk.next();
-  while (tile.expert >= 0) {
-    if constexpr (ping_pong) place = S::Place::after(slice), slice += 2 * uint32_t(slices);
+  uint32_t count = 0;
+  for (OutputTile tile = walk.next(); tile.expert >= 0; tile = walk.next(), ++count) {
     TileSums<S> sum;
+    if constexpr (ping_pong) {
+      place = S::Place::after((2 * count + uint32_t(consumer)) * uint32_t(slices));
+      turns.wait(consumer, count);
+    }
     multiply<S>(ring, place, slices, first, lane, sum);
+    if constexpr (ping_pong) turns.pass(consumer, lane);
+    end_products<S>(ring, place, lane, sum);
     finish_tile<S>(g, tile, tile.row + first + warp % 4 * 16, lane, sum);
-    tile = walk.next();
   }
 }
 
@@ -354,6 +378,8 @@ MOE_KERNEL __launch_bounds__(MOE_SM90A ? kTileRows[kRow].threads() : 32, 1)
   const int slices = int((g.K + kSliceElements - 1) / kSliceElements);
   if (threadIdx.x == 0) {
     ring.start(kGather ? kWarpgroup + 1 : 1, (S::row.ping_pong ? 4 : 8) * S::cluster);
+    if (S::row.ping_pong) Alternation{ring.end()}.start();
+    fence_mbarrier_init();
     if (!kGather) prefetch_tensor_map(&maps.a);
     prefetch_tensor_map(&maps.b);
   }
