@@ -34,8 +34,8 @@ KERNELS = (
     "moe::cuda::weight_gradient_kernel<double>",
     "moe::cuda::grouped_fma_kernel<float, 2>",
     "moe::cuda::grouped_fma_kernel<moe::f16, 1>",
-    "moe::cuda::grouped_rows_kernel<moe::bf16, 3, true>",
-    "moe::cuda::grouped_rows_kernel<float, 2, false>",
+    "moe::cuda::grouped_rows_kernel<moe::bf16, 7, true>",
+    "moe::cuda::grouped_rows_kernel<float, 6, false>",
 )
 
 
