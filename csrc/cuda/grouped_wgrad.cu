@@ -31,14 +31,15 @@ template <class T> cudaError_t with_mma(GroupedWgradArgs args, cudaStream_t stre
     std::swap(args.n_side, args.k_side), std::swap(args.N, args.K), std::swap(args.out_row, args.out_col);
   }
   const LaunchShape shape{grid_of(args, WgradTile<T>::kWidth), dim3(WgradTile<T>::kThreads), WgradTile<T>::kBytes};
-  const auto kernel = args.topk_weights ? grouped_wgrad_kernel<T, true> : grouped_wgrad_kernel<T, false>;
-  return launch(shape, stream, kernel, args, quotient_of(args.n_side), quotient_of(args.k_side));
+  const Quotient n_token = quotient_of(args.n_side), k_token = quotient_of(args.k_side);
+  return args.topk_weights ? launch<grouped_wgrad_kernel<T, true>>(shape, stream, args, n_token, k_token)
+                           : launch<grouped_wgrad_kernel<T, false>>(shape, stream, args, n_token, k_token);
 }
 
 template <class T> cudaError_t with_fma(const GroupedWgradArgs& args, cudaStream_t stream) {
   constexpr uint32_t bytes = 2 * kWgradFmaDepth * kWgradFmaWidth * sizeof(acc_t<T>);
-  return launch({grid_of(args, kWgradFmaWidth), dim3(kWgradFmaThreads), bytes}, stream, grouped_wgrad_fma_kernel<T>,
-                args);
+  return launch<grouped_wgrad_fma_kernel<T>>({grid_of(args, kWgradFmaWidth), dim3(kWgradFmaThreads), bytes}, stream,
+                                             args);
 }
 
 }  // namespace

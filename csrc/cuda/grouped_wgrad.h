@@ -7,9 +7,7 @@
 #pragma once
 #include "../moe.h"
 #include "device.h"
-#ifdef MOE_SIMT
-#include "../simt/host_api.h"
-#endif
+#include "runtime.h"
 
 namespace moe::cuda {
 
@@ -35,9 +33,11 @@ struct GroupedWgradArgs {
   int64_t out_expert, out_row, out_col;  // strides of e, n, k; either of n and k may be the contiguous one
 };
 
+#if !defined(__CUDACC_RTC__)
 /// Whether the tensor cores take it: bf16, f16 or tf32, to dtype or f32; 16-byte rows of sides and out, one index of
 /// out contiguous. Otherwise a tile of plain multiply-adds in acc does it, for any stride.
 bool grouped_wgrad_uses_mma(const GroupedWgradArgs&);
 cudaError_t grouped_wgrad(const GroupedWgradArgs&, cudaStream_t);
+#endif
 
 }  // namespace moe::cuda
