@@ -41,6 +41,8 @@ using uintptr_t = unsigned long long;
 /// Declares `type* name`, this block's dynamic shared memory, aligned to 128 bytes and no more.
 #define MOE_SHARED(type, name) type* const name = static_cast<type*>(::moe::simt::shared_memory(sizeof(type)))
 #define MOE_ARCH 900
+#define MOE_SM90A 1
+#define MOE_GRID_CONSTANT
 #else
 #define MOE_DEVICE __device__ __forceinline__
 #define MOE_KERNEL __global__ void
@@ -52,6 +54,14 @@ using uintptr_t = unsigned long long;
 #else
 #define MOE_ARCH 0
 #endif
+/// sm_90a alone: wgmma and setmaxnreg. Later architectures have neither.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define MOE_SM90A 1
+#else
+#define MOE_SM90A 0
+#endif
+/// Before a parameter that a kernel takes the address of, such as a tensor map.
+#define MOE_GRID_CONSTANT __grid_constant__
 #endif
 
 namespace moe::cuda {

@@ -18,6 +18,7 @@ struct LaunchShape {
   uint32_t shared_bytes = 0;
   bool cooperative = false;   // all blocks run at the same time: blocks may wait for each other
   bool programmatic = false;  // may start before its predecessor in the stream ends: see griddepcontrol_wait
+  unsigned cluster = 1;       // blocks along x that share their memory (sm_90); the grid is a multiple of it
 };
 
 #ifdef MOE_NVRTC
@@ -46,7 +47,7 @@ cudaError_t launch(const LaunchShape& shape, cudaStream_t stream, void (*kernel)
   (void)stream;
   auto call = [=] { kernel(P(args)...); };
   return simt::launch(
-      {shape.grid, shape.block, shape.shared_bytes, shape.cooperative, shape.programmatic,
+      {shape.grid, shape.block, shape.shared_bytes, shape.cooperative, shape.programmatic, shape.cluster,
        reinterpret_cast<const void*>(kernel)},
       [](const void* body) { (*static_cast<const decltype(call)*>(body))(); }, &call, sizeof call);
 #else
@@ -55,7 +56,7 @@ cudaError_t launch(const LaunchShape& shape, cudaStream_t stream, void (*kernel)
                                                    cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes);
     if (error != cudaSuccess) return error;
   }
-  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchAttribute attributes[3] = {};
   cudaLaunchConfig_t config = {};
   config.gridDim = shape.grid;
   config.blockDim = shape.block;
@@ -69,6 +70,10 @@ cudaError_t launch(const LaunchShape& shape, cudaStream_t stream, void (*kernel)
   if (shape.programmatic) {
     attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (shape.cluster > 1) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs++].val.clusterDim = {shape.cluster, 1, 1};
   }
   return cudaLaunchKernelEx(&config, kernel, P(args)...);
 #endif

@@ -15,7 +15,7 @@ namespace moe::simt {
 using Foreign = std::map<uint32_t, std::vector<uint32_t>>;
 
 struct Clock {
-  std::vector<uint32_t> seen;  // by thread of the block
+  std::vector<uint32_t> seen;  // by thread of the block, then by its asynchronous agents
   std::shared_ptr<const Foreign> foreign;
 };
 using ClockRef = std::shared_ptr<const Clock>;
@@ -38,7 +38,10 @@ class ClockSum {
     raise(sum_.seen, clock->seen);
     add_foreign(clock->foreign);
   }
-  void add(size_t thread, uint32_t count) { sum_.seen[thread] = std::max(sum_.seen[thread], count); }
+  void add(size_t agent, uint32_t count) {
+    if (sum_.seen.size() <= agent) sum_.seen.resize(agent + 1);
+    sum_.seen[agent] = std::max(sum_.seen[agent], count);
+  }
   void add(const ClockRef& base, size_t thread, uint32_t own) {
     add(base);
     add(thread, own);

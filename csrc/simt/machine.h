@@ -54,6 +54,24 @@ struct Copy {
 };
 using CopyRef = std::shared_ptr<Copy>;
 
+/// Local memory of a thread that stands for registers of wgmma.
+struct Registers {
+  uintptr_t begin, end;
+  int flying = 0;        // products that have not been waited for
+  bool fenced = true;    // not touched by anything else since the last wgmma.fence
+  const void* site;      // of the last product
+};
+/// A product of a warpgroup, and a bulk store: see wgmma.cpp and tma.cpp.
+struct MatrixProduct;
+using MatrixProductRef = std::shared_ptr<MatrixProduct>;
+struct BulkStore;
+/// A bulk group: its stores while they may still fly, and what the thread knows once it has waited.
+struct BulkGroup {
+  std::vector<std::shared_ptr<BulkStore>> stores;
+  uint32_t read_clock = 0, write_clock = 0;
+  bool read = false;  // waited for with .read
+};
+
 enum class State : uint8_t { ready, waiting, polling, exited };
 
 struct Thread {
@@ -73,6 +91,16 @@ struct Thread {
 
   std::vector<CopyRef> copies;              // issued, not committed
   std::deque<std::vector<CopyRef>> groups;  // committed, not waited for
+  std::vector<Registers> registers;
+  std::vector<MatrixProductRef> products;                   // issued, not committed
+  std::deque<std::vector<MatrixProductRef>> product_groups;  // committed, not waited for
+  bool wgmma_fenced = false;                          // ever
+  BulkGroup stores;                                   // issued, not committed
+  std::deque<BulkGroup> store_groups;                 // committed, not waited for
+  std::vector<uint32_t> proxy_fences[2];              // own count at each fence, of global and of shared memory
+  ClockRef proxy_fenced[2];                           // what it knew at the last one
+  uint32_t cluster_phase = 0;                         // of the cluster's barrier, at which it has arrived
+  bool cluster_arrived = false;
   bool in_hook = false;
   bool grid_waited = false;  // griddepcontrol.wait
   uint64_t meeting = 0;      // the last collective or barrier that it took part in; the same for all who did
@@ -108,6 +136,39 @@ struct BlockBarrier {
   std::vector<bool> here;  // which threads have arrived
 };
 
+/// What accesses shared memory besides threads: see proxy.h.
+enum class AgentKind : uint8_t { wgmma, load, store_read, store_write };
+struct Agent {
+  AgentKind kind;
+  uint32_t of;  // warpgroup, offset of the mbarrier, thread, thread
+  uint32_t clock = 0;
+  uint64_t due = 0;  // step at which its last operation lands: they land in order
+  const void* site = nullptr;
+};
+
+/// 128 threads on their way into a collective, the products that fly and the registers a thread has.
+struct Warpgroup {
+  const char* name = nullptr;
+  const void* site = nullptr;
+  uint32_t arrived = 0;
+  void* arguments[128];
+  bool here[128];
+  std::deque<MatrixProductRef> flying;
+  uint32_t registers = 0;
+  std::vector<Thread*> waiting;  // for registers
+};
+
+struct Block;
+/// Blocks that run together and reach each other's shared memory.
+struct Cluster {
+  std::vector<Block*> blocks;  // by rank
+  uint32_t alive = 0;          // blocks
+  uint32_t threads = 0, arrived = 0, phase = 0;
+  std::vector<std::unique_ptr<ClockSum>> sums;  // by rank, of the arrivals
+  std::vector<ClockRef> done;                   // by rank, of the phase that ended last
+  std::vector<Thread*> waiting;
+};
+
 struct MBarrier {
   uint32_t count, pending;
   int64_t bytes = 0;  // of asynchronous copies still expected in this phase
@@ -118,8 +179,6 @@ struct MBarrier {
   std::vector<Thread*> waiting;
 };
 
-// TMA and wgmma have agents of their own: they come behind the threads in ClockSum's vectors, their state in a file of
-// its own beside async.cpp, as clusters do beside barriers.cpp.
 struct Block {
   uint32_t serial = 0;  // unique over launches
   uint3 index{};
@@ -132,6 +191,11 @@ struct Block {
   std::map<int, BlockBarrier> barriers;
   std::map<uint32_t, MBarrier> mbarriers;  // by shared offset
   std::vector<int> reduced;                // result of the last reducing barrier, one a thread
+  std::vector<Agent> agents;               // behind the threads, in the clocks
+  std::vector<Warpgroup> warpgroups;
+  std::shared_ptr<Cluster> cluster;
+  uint32_t rank = 0;           // in the cluster
+  std::vector<Record> remote;  // the last access of each thread of other blocks
 };
 
 constexpr uint32_t kGuardBytes = 4096;  // around shared memory and around cudaMalloc
@@ -186,6 +250,9 @@ void yield();
 void polled(uint64_t address, uint64_t value);
 void wake_pollers(uint64_t address, uint32_t bytes);
 
+// ---------------------------------------------------------------- deadlock.cpp
+void report_deadlock();
+
 // ---------------------------------------------------------------- memory.cpp
 struct Touch {
   const void* p;
@@ -204,6 +271,8 @@ void touch(const Touch& access);
 extern bool hooked;
 /// Race check of shared memory on behalf of a lane that takes part in a tile instruction.
 void touch_shared_as(Thread& thread, const Touch& access);
+/// An access by the running thread of the shared memory of a block of its cluster.
+void touch_shared_of(Block& block, const Touch& access);
 /// Host pointer of a shared-window address; a fault if [address, address + bytes) is not in this block's memory.
 uint8_t* shared_pointer(uint32_t address, uint32_t bytes, uint32_t alignment, const char* what);
 uint32_t shared_offset(uint32_t address);
@@ -235,6 +304,27 @@ extern bool auditing;
 // ---------------------------------------------------------------- async.cpp, mbarrier.cpp
 void land(Thread& owner, Copy& copy);
 void copy_now(Block& block, Copy& copy);
+/// The barrier at an offset of a block that the running thread may use now; a fault if there is none.
+MBarrier& mbarrier_at(Block& block, uint32_t offset, const char* what, const void* site);
+/// `bytes` of a copy by `agent` have landed, up to its operation `clock`.
+void complete_bytes(Block& block, uint32_t offset, uint32_t bytes, uint16_t agent, uint32_t clock, const void* site);
+
+// ---------------------------------------------------------------- warpgroup.cpp, cluster.cpp
+/// An ordinary access of local memory: of registers that a product needs?
+void touch_registers(Thread& thread, uintptr_t address, uint32_t bytes, Access kind, const void* site);
+/// Registers of a thread at launch, which are the block's pool together.
+uint32_t launch_registers(uint32_t threads);
+/// Checks and follow-ups of a thread's exit.
+void leave_warpgroup(Thread& thread);
+void leave_cluster(Thread& thread);
+/// A block of the running thread's cluster that has not ended; a fault if there is none.
+Block& peer_block(uint32_t rank, const char* what, const void* site);
+/// The block and the offset that an address of the shared window, or one from mapa, names.
+Block& block_of_address(uint32_t address, const char* what, const void* site);
+uint32_t offset_in_block(uint32_t address);
+/// The running thread accesses memory of another block, which must not end before it knows.
+void note_remote(Block& target, const void* site);
+void check_cluster_end(const Block& block);
 
 }  // namespace moe::simt
 

@@ -15,19 +15,7 @@ uint32_t offset_of(uint32_t bar, const char* what, const void* site) {
 }
 
 MBarrier& find(uint32_t bar, const char* what, const void* site) {
-  const uint32_t offset = offset_of(bar, what, site);
-  const auto found = running->block->mbarriers.find(offset);
-  if (found == running->block->mbarriers.end()) {
-    fault("mbarrier", format("%s on shared +0x%x, which was not initialised", what, offset), site);
-  }
-  const Record init = found->second.init;
-  if (!ordered(*running, init)) {
-    fault("mbarrier",
-          format("%s on shared +0x%x is not ordered after its mbarrier.init by %s, at %s", what, offset,
-                 who(init.block, init.agent).c_str(), source_line(init.site).c_str()),
-          site);
-  }
-  return found->second;
+  return mbarrier_at(*running->block, offset_of(bar, what, site), what, site);
 }
 
 void end_phase_if_complete(Block& block, MBarrier& barrier) {
@@ -42,12 +30,15 @@ void end_phase_if_complete(Block& block, MBarrier& barrier) {
   for (Thread* thread : waiting) make_ready(*thread);
 }
 
-void arrive(MBarrier& barrier, uint32_t bar, const void* site) {
+void count_arrival(MBarrier& barrier, uint32_t offset, const void* site) {
   if (barrier.pending == 0) {
-    fault("mbarrier", format("more than the %u arrivals of a phase at shared +0x%x", barrier.count, shared_offset(bar)),
-          site);
+    fault("mbarrier", format("more than the %u arrivals of a phase at shared +0x%x", barrier.count, offset), site);
   }
   --barrier.pending;
+}
+
+void arrive(MBarrier& barrier, uint32_t bar, const void* site) {
+  count_arrival(barrier, shared_offset(bar), site);
   barrier.arrivals->add(running->base, running->id, running->own);
   ++running->own;
   end_phase_if_complete(*running->block, barrier);
@@ -56,6 +47,43 @@ void arrive(MBarrier& barrier, uint32_t bar, const void* site) {
 bool phase_ended(const MBarrier& barrier, uint32_t parity) { return (barrier.phase & 1) != (parity & 1); }
 
 }  // namespace
+
+MBarrier& mbarrier_at(Block& block, uint32_t offset, const char* what, const void* site) {
+  const auto found = block.mbarriers.find(offset);
+  if (found == block.mbarriers.end()) {
+    fault("mbarrier", format("%s on shared +0x%x, which was not initialised", what, offset), site);
+  }
+  const Record init = found->second.init;
+  if (!ordered(*running, init)) {
+    fault("mbarrier",
+          format("%s on shared +0x%x is not ordered after its mbarrier.init by %s, at %s", what, offset,
+                 who(init.block, init.agent).c_str(), source_line(init.site).c_str()),
+          site);
+  }
+  return found->second;
+}
+
+void complete_bytes(Block& block, uint32_t offset, uint32_t bytes, uint16_t agent, uint32_t clock, const void* site) {
+  const auto found = block.mbarriers.find(offset);
+  if (found == block.mbarriers.end()) {
+    return note_fault("mbarrier", format("a TMA load lands after mbarrier.inval of shared +0x%x", offset), site);
+  }
+  MBarrier& barrier = found->second;
+  barrier.bytes -= bytes;
+  barrier.arrivals->add(agent, clock);
+  end_phase_if_complete(block, barrier);
+}
+
+void mbarrier_arrive_remote(uint32_t bar, uint32_t cta) {
+  const void* const site = MOE_SIMT_SITE;
+  const uint32_t offset = offset_of(bar, "mbarrier.arrive.shared::cluster", site);
+  Block& block = peer_block(cta, "mbarrier.arrive.shared::cluster", site);
+  MBarrier& barrier = mbarrier_at(block, offset, "mbarrier.arrive.shared::cluster", site);
+  note_remote(block, site);
+  count_arrival(barrier, offset, site);
+  barrier.arrivals->add(*snapshot(*running));
+  end_phase_if_complete(block, barrier);
+}
 
 void mbarrier_init(uint32_t bar, uint32_t count) {
   const void* const site = MOE_SIMT_SITE;
@@ -154,8 +182,5 @@ void cp_async_mbarrier_arrive_noinc(uint32_t bar) {
 
 // The init record is published by whatever orders the threads of the block; the fence alone orders nothing.
 void fence_mbarrier_init() {}
-
-// Matters to the asynchronous proxy (TMA, wgmma) alone, which is not emulated here yet.
-void fence_proxy_async() {}
 
 }  // namespace moe::simt

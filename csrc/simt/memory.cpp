@@ -7,6 +7,7 @@
 #include <cstring>
 #include <unordered_map>
 
+#include "proxy.h"
 #include "report.h"
 
 namespace moe::simt {
@@ -124,18 +125,34 @@ void check_in_flight(const Cell& cell, const Touch& access) {
         access.site);
 }
 
-// Calls f(cell index relative to base, mask of its bytes) for the cells of [address, address + bytes).
-template <class F> void for_cells(uintptr_t address, uint32_t bytes, F f) {
-  for (uintptr_t at = address; at < address + bytes;) {
-    const uintptr_t end = std::min((at / 4 + 1) * 4, address + bytes);
-    f(at, uint8_t(((1u << (end - at)) - 1) << (at % 4)));
-    at = end;
-  }
+// A write through the generic proxy reaches TMA and wgmma through a fence only.
+void check_proxy(const Issuer& issuer, const Cell& cell, const Touch& access, uint8_t mask, bool shared) {
+  const Record& write = cell.last_write();
+  if ((write.bytes & mask) == 0 || write.agent >= machine.block_threads() || write.block < machine.first_serial) return;
+  if (!issuer.ordered(write) || issuer.fenced(write, shared)) return;  // not even ordered: a race, found below
+  fault("proxy",
+        format("%s of %u bytes at %s through the asynchronous proxy: between the write by %s, at %s, and this there is "
+               "no fence.proxy.async",
+               verb(access.kind), access.bytes, name_of_address(reinterpret_cast<uintptr_t>(access.p)).c_str(),
+               who(write.block, write.agent).c_str(), source_line(write.site).c_str()),
+        access.site);
 }
 
+// Who makes an access; an asynchronous one is checked for its issuers.
+struct Actor {
+  Record record;
+  const Observer& observer;
+  const Issuer* issuer = nullptr;
+
+  Record now(Access kind, uint8_t mask) const {
+    Record r = record;
+    r.kind = kind, r.bytes = mask;
+    return r;
+  }
+};
+
 // ---------------------------------------------------------------- the two memories
-void touch_shared(Thread& thread, const Touch& access, uint32_t offset) {
-  Block& block = *thread.block;
+void touch_shared(Block& block, const Actor& actor, const Touch& access, uint32_t offset) {
   if (uint64_t(offset) + access.bytes > machine.config.shared_bytes) {  // also when it begins in the guard before
     fault("bounds",
           format("%s of %u bytes at byte %d of the block's %u bytes of shared memory", verb(access.kind), access.bytes,
@@ -149,7 +166,6 @@ void touch_shared(Thread& thread, const Touch& access, uint32_t offset) {
             access.site);
     }
   }
-  const RunningObserver observer(thread);
   for_cells(offset, access.bytes, [&](uintptr_t at, uint8_t mask) {
     Cell& cell = block.cells[at / 4];
     check_in_flight(cell, access);
@@ -158,10 +174,11 @@ void touch_shared(Thread& thread, const Touch& access, uint32_t offset) {
       fault("uninitialised", format("%s of shared +0x%x, which nobody has written", verb(access.kind), offset),
             access.site);
     }
+    if (actor.issuer != nullptr) check_proxy(*actor.issuer, cell, access, mask, true);
     if (writes(access.kind)) cell.written |= mask;
-    const Record now = record_now(thread, access.kind, mask, access.site);
+    const Record now = actor.now(access.kind, mask);
     Record earlier;
-    if (!cell.access(now, observer, earlier)) {
+    if (!cell.access(now, actor.observer, earlier)) {
       report_race(now, earlier, access.bytes, reinterpret_cast<uintptr_t>(access.p));
     }
   });
@@ -200,12 +217,10 @@ bool check_bounds(const Touch& access, uintptr_t address) {
         access.site);
 }
 
-void touch_global(const Touch& access, uintptr_t address) {
+void touch_global(const Actor& actor, const Touch& access, uintptr_t address) {
   if (check_bounds(access, address)) return;
-  if (auditing) audit(access.site, Space::global, access.kind, address, access.bytes);
+  if (auditing && actor.issuer == nullptr) audit(access.site, Space::global, access.kind, address, access.bytes);
   if (!hooked) return;
-  Thread& thread = *running;
-  const RunningObserver observer(thread);
   for_cells(address, access.bytes, [&](uintptr_t at, uint8_t mask) {
     Cell& cell = global_cell(at);
     const Record& write = cell.last_write();
@@ -215,10 +230,15 @@ void touch_global(const Touch& access, uintptr_t address) {
                    source_line(write.site).c_str()),
             access.site);
     }
-    const Record now = record_now(thread, access.kind, mask, access.site);
+    if (actor.issuer != nullptr && !access.overwrites()) check_proxy(*actor.issuer, cell, access, mask, false);
+    const Record now = actor.now(access.kind, mask);
     Record earlier;
-    if (!cell.access(now, observer, earlier)) report_race(now, earlier, access.bytes, address);
+    if (!cell.access(now, actor.observer, earlier)) report_race(now, earlier, access.bytes, address);
   });
+}
+
+Actor actor_of(const Thread& thread, const RunningObserver& observer, const void* site) {
+  return {record_now(thread, Access::read, 0, site), observer};
 }
 
 }  // namespace
@@ -226,7 +246,10 @@ void touch_global(const Touch& access, uintptr_t address) {
 void touch(const Touch& access) {
   Thread& thread = *running;
   const auto address = reinterpret_cast<uintptr_t>(access.p);
-  if (thread.fiber.holds(address)) return;  // its own local memory
+  if (thread.fiber.holds(address)) {  // its own local memory
+    if (!thread.registers.empty()) touch_registers(thread, address, access.bytes, access.kind, access.site);
+    return;
+  }
   thread.site = access.site;
   if (machine.options.schedule == Schedule::random && machine.random.below(64) == 0) yield();
   if (++thread.quiet_accesses > kRunaway) fault("runaway", "a loop without end", access.site);
@@ -235,19 +258,38 @@ void touch(const Touch& access) {
           format("%s of %u bytes at %s", verb(access.kind), access.bytes, name_of_address(address).c_str()),
           access.site);
   }
+  const RunningObserver observer(thread);
   const auto shared = reinterpret_cast<uintptr_t>(thread.block->shared);
   if (address - (shared - kGuardBytes) < machine.config.shared_bytes + 2 * kGuardBytes) {
-    touch_shared(thread, access, uint32_t(address - shared));
+    touch_shared(*thread.block, actor_of(thread, observer, access.site), access, uint32_t(address - shared));
     if (auditing) audit(access.site, Space::shared, access.kind, address - shared, access.bytes);
   } else {
-    touch_global(access, address);
+    touch_global(actor_of(thread, observer, access.site), access, address);
   }
   if (writes(access.kind)) wake_pollers(address, access.bytes);
 }
 
 void touch_shared_as(Thread& thread, const Touch& access) {
   const auto shared = reinterpret_cast<uintptr_t>(thread.block->shared);
-  touch_shared(thread, access, uint32_t(reinterpret_cast<uintptr_t>(access.p) - shared));
+  const RunningObserver observer(thread);
+  touch_shared(*thread.block, actor_of(thread, observer, access.site), access,
+               uint32_t(reinterpret_cast<uintptr_t>(access.p) - shared));
+}
+
+void touch_shared_of(Block& block, const Touch& access) {
+  const RunningObserver observer(*running);
+  touch_shared(block, actor_of(*running, observer, access.site), access,
+               uint32_t(reinterpret_cast<uintptr_t>(access.p) - reinterpret_cast<uintptr_t>(block.shared)));
+}
+
+void touch_shared_async(const AsyncOperation& operation, Block& block, Access kind, uint32_t offset, uint32_t bytes) {
+  touch_shared(block, {operation.record, operation.issuer, &operation.issuer},
+               {block.shared + offset, bytes, kind, operation.record.site}, offset);
+}
+
+void touch_global_async(const AsyncOperation& operation, Access kind, const void* p, uint32_t bytes) {
+  touch_global({operation.record, operation.issuer, &operation.issuer}, {p, bytes, kind, operation.record.site},
+               reinterpret_cast<uintptr_t>(p));
 }
 
 void recheck_global_read(const Thread& thread, const void* p, uint32_t bytes, const void* site) {

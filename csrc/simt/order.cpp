@@ -29,7 +29,8 @@ void put(std::vector<SnapshotRef>& list, const SnapshotRef& snapshot) {
 
 bool ordered(const Thread& thread, const Record& earlier) {
   if (earlier.block == thread.block->serial) {
-    return earlier.agent == thread.id || earlier.clock <= thread.base->seen[earlier.agent];
+    const auto& seen = thread.base->seen;
+    return earlier.agent == thread.id || (earlier.agent < seen.size() && earlier.clock <= seen[earlier.agent]);
   }
   if (earlier.block < machine.first_serial) {
     const auto& unfinished = thread.grid_waited ? machine.unfinished_after_wait : machine.unfinished_at_start;

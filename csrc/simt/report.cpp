@@ -9,6 +9,8 @@
 #include <map>
 #include <vector>
 
+#include "proxy.h"
+
 namespace moe::simt {
 namespace {
 
@@ -46,6 +48,7 @@ std::vector<std::string> levels(const void* site) {
     const std::string& line = lines[i];
     const bool ours = line.find("/simt/cuda_names.h") != std::string::npos ||
                       line.find("csrc/simt/") != std::string::npos || line.find("ptx.cuh") != std::string::npos ||
+                      line.find("ptx_sm90.cuh") != std::string::npos ||
                       line.find("/include/c++/") != std::string::npos;
     if (ours) continue;
     const size_t extra = line.find(" (discriminator");
@@ -106,6 +109,17 @@ std::string who(uint32_t block_serial, uint32_t agent) {
   if (block_serial < machine.first_serial) return format("a thread of the kernel before");
   const uint32_t linear = machine.order[block_serial - machine.first_serial];
   const dim3 g = machine.config.grid, b = machine.config.block;
+  const Block* const block = find_block(block_serial);
+  if (agent >= machine.block_threads() && block != nullptr) {
+    const Agent& one = block->agents[agent - machine.block_threads()];
+    const std::string of = format(" of block (%u,%u,%u)", linear % g.x, linear / g.x % g.y, linear / (g.x * g.y));
+    switch (one.kind) {
+      case AgentKind::wgmma: return format("the wgmma of warpgroup %u", one.of) + of;
+      case AgentKind::load: return format("the TMA load for the mbarrier at shared +0x%x", one.of) + of;
+      default: return format("the bulk store of thread %u", one.of) + of;
+    }
+  }
+  if (agent >= machine.block_threads()) return format("TMA or wgmma of block number %u", linear);
   return format("thread (%u,%u,%u) of block (%u,%u,%u)", agent % b.x, agent / b.x % b.y, agent / (b.x * b.y),
                 linear % g.x, linear / g.x % g.y, linear / (g.x * g.y));
 }

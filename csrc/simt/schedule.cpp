@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <mutex>
 
+#include "proxy.h"
 #include "report.h"
 
 namespace moe::simt {
@@ -15,6 +16,7 @@ namespace {
 constexpr int kPollsBeforeSleep = 3;
 constexpr int kIdleRounds = 8;  // all pollers are woken this often without any progress: then nothing will come
 constexpr size_t kLargestShared = 232448;
+constexpr uint32_t kLargestCluster = 8;
 
 std::mutex one_launch;
 std::vector<Warp*> runnable;  // warps with a ready thread
@@ -38,6 +40,16 @@ void reset_thread(Thread& thread, Block& block, uint16_t id, const ClockRef& bas
   thread.acquired.clear();
   thread.copies.clear();
   thread.groups.clear();
+  thread.registers.clear();
+  thread.products.clear();
+  thread.product_groups.clear();
+  thread.stores = {};
+  thread.store_groups.clear();
+  for (int shared = 0; shared < 2; ++shared) {
+    thread.proxy_fences[shared].clear();
+    thread.proxy_fenced[shared].reset();
+  }
+  thread.wgmma_fenced = thread.cluster_arrived = false;
   thread.grid_waited = thread.in_hook = false;
   thread.polled_address = thread.polls = 0, thread.meeting = 0;
   thread.site = nullptr;
@@ -51,6 +63,18 @@ void reset_shared_memory(Block& block) {
   block.shared = reinterpret_cast<uint8_t*>((begin + 127) / 256 * 256 + 128);  // 128-byte aligned, never 256
   block.cells.clear();
   block.cells.resize((bytes + 3) / 4);
+}
+
+// The blocks of a cluster start one after another.
+void join_cluster(Block& block) {
+  block.rank = block.index.x % machine.config.cluster;
+  block.cluster = block.rank == 0 ? std::make_shared<Cluster>() : machine.resident.back()->cluster;
+  Cluster& cluster = *block.cluster;
+  cluster.blocks.push_back(&block);
+  cluster.threads += block.alive;
+  ++cluster.alive;
+  cluster.sums.push_back(std::make_unique<ClockSum>(block.serial, block.alive));
+  cluster.done.emplace_back();
 }
 
 void start_block(size_t position) {
@@ -78,6 +102,12 @@ void start_block(size_t position) {
     warp.block = block.get();
     warp.priority = machine.random.next();
   }
+  block->agents.clear();
+  block->remote.clear();
+  block->warpgroups.clear();
+  block->warpgroups.resize((threads + 127) / 128);
+  for (Warpgroup& warpgroup : block->warpgroups) warpgroup.registers = launch_registers(threads);
+  join_cluster(*block);
   const ClockRef nothing = ClockSum(block->serial, threads).take();
   for (uint32_t id = 0; id < threads; ++id) {
     reset_thread(block->threads[id], *block, uint16_t(id), nothing);
@@ -114,7 +144,16 @@ void check_block_end(const Block& block) {
   }
 }
 
+void release_block(Block* block) {
+  const auto at = std::find_if(machine.resident.begin(), machine.resident.end(),
+                               [&](const auto& resident) { return resident.get() == block; });
+  machine.spare.push_back(std::move(*at));
+  machine.resident.erase(at);
+}
+
+// A block of a cluster stays for as long as others may wrongly reach for it.
 void end_block(Block* block) {
+  check_async_end(*block);
   for (size_t i = 0; i < machine.events.size();) {
     if (machine.events[i].block == block) {
       land_event(i);
@@ -123,11 +162,11 @@ void end_block(Block* block) {
     }
   }
   check_block_end(*block);
+  check_cluster_end(*block);
   ++machine.progress;
-  const auto at = std::find_if(machine.resident.begin(), machine.resident.end(),
-                               [&](const auto& resident) { return resident.get() == block; });
-  machine.spare.push_back(std::move(*at));
-  machine.resident.erase(at);
+  const std::shared_ptr<Cluster> cluster = block->cluster;
+  if (--cluster->alive != 0) return;
+  for (Block* ended : cluster->blocks) release_block(ended);
 }
 
 // ---------------------------------------------------------------- who runs next
@@ -172,6 +211,8 @@ void run(Thread& thread) {
   if (thread.state != State::exited) return;
   ++machine.progress;
   Block* const block = thread.block;
+  leave_warpgroup(thread);
+  leave_cluster(thread);
   if (--block->alive == 0) end_block(block);
 }
 
@@ -187,55 +228,6 @@ void land_due_events(bool all_wait) {
 }
 
 // ---------------------------------------------------------------- nobody can run
-
-std::string waiting_for(const Thread& thread) {
-  if (thread.state == State::polling) {
-    return format("a loop that reads %s and keeps finding %llu", name_of_address(thread.polled_address).c_str(),
-                  static_cast<unsigned long long>(thread.polled_value));
-  }
-  const std::string in = thread.waits_in;
-  if (in == "bar.sync" || in == "__syncthreads") {
-    const BlockBarrier& barrier = thread.block->barriers.at(int(thread.waits_on));
-    return format("%s, barrier %d, %d of %d threads there", in.c_str(), int(thread.waits_on), barrier.arrived,
-                  barrier.expected);
-  }
-  if (in == "mbarrier.try_wait") {
-    const MBarrier& barrier = thread.block->mbarriers.at(uint32_t(thread.waits_on));
-    return format("mbarrier.try_wait on shared +0x%x, phase %u, %u arrivals and %lld bytes to come",
-                  uint32_t(thread.waits_on), barrier.phase, barrier.pending, static_cast<long long>(barrier.bytes));
-  }
-  return format("%s, mask 0x%08x", in.c_str(), uint32_t(thread.waits_on));
-}
-
-void report_deadlock() {
-  std::string text = "every thread waits";
-  const void* site = nullptr;
-  int groups = 0;
-  for (const auto& block : machine.resident) {
-    std::vector<std::pair<std::string, std::pair<int, const Thread*>>> waits;
-    int exited = 0;
-    for (const Thread& thread : block->threads) {
-      if (thread.state == State::exited) {
-        ++exited;
-        continue;
-      }
-      const std::string what = waiting_for(thread) + ", at " + source_line(thread.site);
-      auto wait = std::find_if(waits.begin(), waits.end(), [&](const auto& w) { return w.first == what; });
-      if (wait == waits.end()) wait = waits.insert(waits.end(), {what, {0, &thread}});
-      ++wait->second.first;
-    }
-    for (const auto& [what, group] : waits) {
-      if (++groups > 12) continue;
-      text += format("\n  %d (first: %s) in %s", group.first, who(*group.second).c_str(), what.c_str());
-      if (site == nullptr) site = group.second->site;
-    }
-    if (exited != 0)
-      text += format("\n  %d threads of block (%u,%u,%u) have exited", exited, block->index.x, block->index.y,
-                     block->index.z);
-  }
-  if (groups > 12) text += format("\n  and %d more groups", groups - 12);
-  note_fault("deadlock", text, site);
-}
 
 void wake_all_pollers() {
   std::vector<Thread*> pollers;
@@ -267,17 +259,23 @@ const char* bad_shape() {
   if (threads == 0 || threads > 1024) return "a block has 1 to 1024 threads";
   if (machine.config.grid.y > 65535 || machine.config.grid.z > 65535) return "grid.y and grid.z are at most 65535";
   if (machine.config.shared_bytes > kLargestShared) return "a block has at most 227 KiB of dynamic shared memory";
+  const uint32_t cluster = machine.config.cluster;
+  if (cluster == 0 || cluster > kLargestCluster) return "a cluster has 1 to 8 blocks";
+  if (machine.config.grid.x % cluster != 0) return "the grid is no multiple of the cluster";
   return nullptr;
 }
 
+// Clusters in random order, their blocks side by side.
 void order_blocks() {
   const dim3 grid = machine.config.grid;
   machine.first_serial += uint32_t(machine.order.size());
   machine.order.resize(size_t(grid.x) * grid.y * grid.z);
   for (size_t i = 0; i < machine.order.size(); ++i) machine.order[i] = uint32_t(i);
   if (machine.options.schedule == Schedule::in_order) return;
-  for (size_t i = machine.order.size(); i > 1; --i) {
-    std::swap(machine.order[i - 1], machine.order[machine.random.below(i)]);
+  const size_t cluster = machine.config.cluster;
+  for (size_t i = machine.order.size() / cluster; i > 1; --i) {
+    const auto last = machine.order.begin() + long((i - 1) * cluster);
+    std::swap_ranges(last, last + long(cluster), machine.order.begin() + long(machine.random.below(i) * cluster));
   }
 }
 
@@ -303,7 +301,9 @@ void run_grid() {
   int idle_rounds = 0;
   uint64_t last_progress = 0;
   while (!machine.failed) {
-    while (machine.resident.size() < window && machine.started < machine.order.size()) start_block(machine.started++);
+    while (machine.resident.size() < window && machine.started < machine.order.size()) {
+      for (uint32_t i = 0; i < machine.config.cluster; ++i) start_block(machine.started++);
+    }
     if (machine.resident.empty()) return;
     land_due_events(false);
     if (!runnable.empty()) {

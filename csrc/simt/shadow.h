@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the race detector remembers of memory: for every 4 bytes the accesses that a later one may conflict with.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <vector>
@@ -17,7 +18,7 @@ struct Record {
   uint32_t clock = 0;  // of the agent, at the access
   uint32_t block = 0;  // serial number
   const void* site = nullptr;
-  uint16_t agent = 0;  // thread of the block
+  uint16_t agent = 0;  // thread of the block, or one of its asynchronous agents
   uint8_t bytes = 0;   // bit i: byte i of the cell; 0 = no record
   Access kind = Access::read;
 };
@@ -60,5 +61,14 @@ class Cell {
   void keep_write(const Record& now);
   void keep_other(const Record& now, const Observer& observer);
 };
+
+/// Calls f(first byte, mask of the bytes) for the cells of [address, address + bytes).
+template <class F> void for_cells(uintptr_t address, uint32_t bytes, F f) {
+  for (uintptr_t at = address; at < address + bytes;) {
+    const uintptr_t end = std::min((at / 4 + 1) * 4, address + bytes);
+    f(at, uint8_t(((1u << (end - at)) - 1) << (at % 4)));
+    at = end;
+  }
+}
 
 }  // namespace moe::simt

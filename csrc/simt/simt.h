@@ -91,6 +91,34 @@ void mbarrier_wait_parity(uint32_t bar, uint32_t parity);
 void cp_async_mbarrier_arrive_noinc(uint32_t bar);
 void fence_mbarrier_init();
 void fence_proxy_async();
+void fence_proxy_async_global();
+
+// Bulk copies of tensor maps. `map` is what cuTensorMapEncodeTiled of host_api.h has encoded.
+void prefetch_tensor_map(const void* map);
+void tma_load(uint32_t shared, const void* map, const int32_t* at, int rank, uint32_t bar);
+void tma_load_multicast(uint32_t shared, const void* map, const int32_t* at, int rank, uint32_t bar, uint16_t ctas);
+void tma_store(const void* map, const int32_t* at, int rank, uint32_t shared);
+void tma_reduce_add(const void* map, const int32_t* at, int rank, uint32_t shared);
+void bulk_commit_group();
+void bulk_wait_group(int n, bool read);
+
+// Warpgroups.
+enum class Wgmma { bf16, f16, tf32 };
+void wgmma_fence();
+void wgmma_commit_group();
+void wgmma_wait_group(int n);
+void wgmma(Wgmma type, int n, float* d, uint64_t a, uint64_t b, bool accumulate, bool a_mn_major, bool b_mn_major);
+void wgmma_a_registers(Wgmma type, int n, float* d, const uint32_t* a, uint64_t b, bool accumulate, bool b_mn_major);
+void setmaxnreg(int registers, bool increase);
+
+// Clusters.
+uint32_t cluster_ctarank();
+void cluster_arrive();
+void cluster_wait();
+uint32_t mapa(uint32_t shared, uint32_t cta);
+uint32_t ld_shared_cluster(uint32_t address);
+void st_shared_cluster(uint32_t address, uint32_t v);
+void mbarrier_arrive_remote(uint32_t bar, uint32_t cta);
 
 // Grids.
 void griddepcontrol_wait();
