@@ -205,13 +205,13 @@ def occupancy(arch: str, registers: int, warps: int, shared: int) -> float:
 SHARED = {
     "permute_scan": (32, 4096), "limit_scan": (32, 4096), "add_rows<float>": (32, 4096), "add_rows<double>": (32, 8192)
 }  # fmt: skip
-# f32 is rounded to tf32 in the loop, weighted operands are multiplied there, and the tile of 16 rows (row 3) waits for
+# f32 is rounded to tf32 in the loop, weighted operands are multiplied there, and the tile of 16 rows (row 7) waits for
 # its weights, not for an issue slot; else 6.
 MMA_SLOTS = {f"grouped_wgrad<{t}, {w}>": 8 for t in ("bf16", "f16", "float") for w in ("true", "false")
              if t == "float" or w == "true"}  # fmt: skip
 for _w in ("true", "false"):
-    MMA_SLOTS |= {f"grouped_rows<float, 2, {_w}>": 8, f"grouped_rows<float, 3, {_w}>": 16}
-    MMA_SLOTS |= {f"grouped_rows<{t}, 3, {_w}>": 8 for t in ("bf16", "f16")}
+    MMA_SLOTS |= {f"grouped_rows<float, 6, {_w}>": 8, f"grouped_rows<float, 7, {_w}>": 16}
+    MMA_SLOTS |= {f"grouped_rows<{t}, 7, {_w}>": 8 for t in ("bf16", "f16")}
 ELEMENT = {"double": 8, "float": 4, "bf16": 2, "f16": 2}
 
 

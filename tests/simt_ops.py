@@ -38,6 +38,7 @@ CALLED = {
 """op -> the name under which the package calls it"""
 STAGES = (*CALLED, *(f"{stage}_backward" for stage in CALLED if f"{stage}_backward" in schemas.SCHEMAS))
 SEED = "MOE_KERNELS_SIMT_SEED"
+ARCH = "MOE_KERNELS_SIMT_ARCH"  # of the GPU that the emulator stands for: 80 unless set
 
 
 @functools.cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import re
 
 import pytest
 import simt_direct
@@ -19,8 +20,16 @@ from moe_kernels.testing import SAFETY, UNIT, check, rounding
 
 pytestmark = pytest.mark.skipif(bool(simt_ops.missing()), reason=simt_ops.missing())
 
-TILES = {"128x256": 0, "128x128": 1, "64x128": 2, "16x128": 3}
-FMA = 4
+TABLE = re.findall(r'^ {4}\{"([\w ]+)", ', (simt_direct.CUDA / "grouped_gemm_config.h").read_text(), re.M)
+ROWS = {name: index for index, name in enumerate(TABLE)}  # of kTileRows
+TILES = {name.removeprefix("mma "): index for name, index in ROWS.items() if name.startswith("mma")}
+SMALL = (TILES["64x128"], TILES["16x128"])
+FMA = ROWS["fma"]
+# Columns of D in one of the weight_parts: a warp's.
+PART_COLUMNS = {
+    "wgmma 2x128x256": 256, "wgmma 128x256": 256, "wgmma 128x128": 128, "wgmma 64x256": 256, "mma 128x256": 64,
+    "mma 128x128": 64, "mma 64x128": 64, "mma 16x128": 32, "fma": 32,
+}  # fmt: skip
 TF32 = 2.0**-11  # half a unit of ten bits of mantissa
 TYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -76,7 +85,7 @@ def bound(size, truth, K, dtype, out_dtype=None):
 
 
 def tiles_of(dtype):
-    return [by for by in TILES.values() if by > 0 or dtype != torch.float32]
+    return [by for by in TILES.values() if by != TILES["128x256"] or dtype != torch.float32]
 
 
 def expert_of(ends, S):
@@ -132,7 +141,7 @@ def test_where_the_rows_are(counts):
     a, b = numbers(S, K, dtype=torch.bfloat16), weight(len(counts), 8, K, torch.bfloat16)
     truth = torch.einsum("rk,rnk->rn", a.double(), b.double()[e])
     size = torch.einsum("rk,rnk->rn", a.double().abs(), b.double().abs()[e])
-    for by in (2, 3):
+    for by in SMALL:
         out = plain(a, b, ends, by)
         check(out[e >= 0], truth[e >= 0], bound(size, truth, K, torch.bfloat16)[e >= 0])
         assert out[e < 0].isnan().all()
@@ -140,9 +149,9 @@ def test_where_the_rows_are(counts):
 
 def test_no_rows_and_an_empty_sum():
     b, none = weight(3, 16, 32, torch.bfloat16), torch.zeros(3, dtype=torch.int32)
-    assert plain(numbers(0, 32, dtype=torch.bfloat16), b, none, 2).shape == (0, 16)
+    assert plain(numbers(0, 32, dtype=torch.bfloat16), b, none, SMALL[0]).shape == (0, 16)
     bias, ends = numbers(3, 16, dtype=torch.bfloat16), torch.tensor([1, 1, 2], dtype=torch.int32)
-    out = plain(numbers(2, 32, dtype=torch.bfloat16)[:, :0], b[..., :0], ends, 2, bias=bias)
+    out = plain(numbers(2, 32, dtype=torch.bfloat16)[:, :0], b[..., :0], ends, SMALL[0], bias=bias)
     assert torch.equal(out, bias[[0, 2]])
 
 
@@ -150,7 +159,7 @@ def test_no_rows_and_an_empty_sum():
 def test_ends_that_are_wrong_stay_in_bounds(ends):
     """Nothing is read or written out of bounds, and every row at most once: the emulator would report it."""
     a, b = numbers(9, 32, dtype=torch.bfloat16), weight(3, 24, 32, torch.bfloat16)
-    for by in (2, 3):
+    for by in SMALL:
         plain(a, b, torch.tensor(ends, dtype=torch.int32), by)
 
 
@@ -168,7 +177,7 @@ def test_gather_and_weights(dtype):
     truth = w * (torch.einsum("rk,rnk->rn", rows, b.double()[e]) + bias.double()[e])
     size = w * (torch.einsum("rk,rnk->rn", rows.abs(), b.double().abs()[e]) + bias.double().abs()[e])
     for out_dtype in {dtype, torch.float32}:
-        for by in (2, 3):
+        for by in SMALL:
             out = plain(x, b, ends, by, gather=gather, per_token=per_token, bias=bias, weights=weights,
                         out_dtype=out_dtype)  # fmt: skip
             check(out[:18], truth, bound(size, truth, K, dtype, out_dtype))
@@ -181,7 +190,7 @@ def test_a_neighbours_nan_stays_there():
     b = torch.full((2, 24, 80), math.nan, dtype=torch.bfloat16)
     b[:, :, :40] = 0.5
     ends = torch.tensor([3, 10], dtype=torch.int32)
-    for by in (0, 1, 2, 3):
+    for by in TILES.values():
         out = plain(memory[:, :40], b[:, :, :40], ends, by)
         assert out[:10].eq(20).all()
         assert out[10:].isnan().all()
@@ -192,7 +201,7 @@ def test_nan_and_infinity_pass_through_tf32():
     a[0, 3], a[1, 5], a[2, 7] = math.nan, math.inf, -3e38
     a.view(torch.int32)[3, 1] = -1  # the other NaN
     b = torch.ones(1, 8, 32)
-    for by in (1, 2, 3):
+    for by in tiles_of(torch.float32):
         out = plain(a, b, torch.tensor([4], dtype=torch.int32), by)
         assert out[0].isnan().all()
         assert out[1].eq(math.inf).all()
@@ -285,7 +294,7 @@ class Mlp:
 
     def backward(self, by):
         hidden = numbers(len(self.slot), self.width, dtype=self.dtype)
-        columns = 32 if by in (FMA, TILES["16x128"]) else 64  # of a warp
+        columns = PART_COLUMNS[TABLE[by]]
         grad_hidden, grad_biased, weighted = self.empty(self.width), self.empty(self.width), self.empty(self.I)
         parts = torch.full((-(-self.I // columns), len(self.slot)), math.nan)
         u, size = self.product(by, self.grad_y, self.w2t, kind=2, hidden=hidden, grad_hidden=grad_hidden,

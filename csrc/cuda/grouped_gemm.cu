@@ -4,6 +4,7 @@
 
 #include "expert_rows.cuh"
 #include "grouped_gemm_config.h"
+#include "grouped_gemm_sm90.h"
 #include "launch.h"
 
 namespace moe::cuda {
@@ -25,6 +26,7 @@ cudaError_t current_processor(Processor& p) {
   ask(count, cudaDevAttrMultiProcessorCount), ask(shared, cudaDevAttrMaxSharedMemoryPerBlockOptin);
   p = processor_of(10 * major + minor);
   p.count = count, p.shared_bytes = shared;
+  if (p.wgmma && !has_wgmma()) p.wgmma = 0;
   return error;
 }
 
@@ -43,7 +45,16 @@ bool in_16_bytes(const GroupedRows& g) {
   return all % 16 == 0;
 }
 
-ProductShape shape_of(const GroupedRows& g) { return {g.E, g.S, g.N, g.K, g.dtype, g.allow_tf32, in_16_bytes(g)}; }
+ProductShape shape_of(const GroupedRows& g) {
+  return {g.E, g.S, g.N, g.K, g.dtype, g.allow_tf32, in_16_bytes(g), in_tensor_maps(g)};
+}
+
+/// By a row of kTileRows that is wgmma's.
+cudaError_t rows_by_wgmma(int row, const GroupedRows& g, cudaStream_t stream) {
+  const bool bf16 = g.dtype == DType::bf16;
+  if (g.gather) return bf16 ? gathered_rows_sm90_bf16(row, g, stream) : gathered_rows_sm90_f16(row, g, stream);
+  return bf16 ? grouped_rows_sm90_bf16(row, g, stream) : grouped_rows_sm90_f16(row, g, stream);
+}
 
 template <class V> cudaError_t zero_rows(const int32_t* ends, int64_t E, int64_t S, void* out, int64_t bytes,
                                          cudaStream_t stream) {
@@ -66,6 +77,7 @@ cudaError_t grouped_rows_by(int row, const GroupedRows& g, cudaStream_t stream) 
   if (error != cudaSuccess) return error;
   if (row < 0 || row >= kTileCount || refusal(kTileRows[row], shape_of(g), on)) return cudaErrorInvalidValue;
   if (row == kFma) return grouped_fma(g, stream);
+  if (kTileRows[row].wgmma()) return rows_by_wgmma(row, g, stream);
   if (g.dtype == DType::f32) return grouped_rows_tf32(row, g, stream);
   return g.dtype == DType::bf16 ? grouped_rows_bf16(row, g, stream) : grouped_rows_f16(row, g, stream);
 }

@@ -7,28 +7,39 @@
 
 namespace moe::cuda {
 
-/// A tile of D that one block computes: 16 rows by 8 columns by 32 bytes of the sum at a time on the tensor cores.
+/// A tile of D that a block computes, and how. mma: 16 rows by 8 columns by 32 bytes of the sum at a time, each warp
+/// its part of the tile, a block a tile. wgmma (sm_90a, `consumers` > 0): 64 rows by all columns at a time; blocks
+/// stay.
 struct TileRow {
   const char* name;
   int rows, columns;     // of D
   int slice;             // bytes of the sum in a stage
   int stages;            // in shared memory, all but one of them in flight
-  int warps_m, warps_n;  // of a block
+  int warps_m, warps_n;  // of a block that multiply; of a consumer where tiles are its own
   bool has_tf32;
-  constexpr int warps() const { return warps_m * warps_n; }
+  int consumers = 0;       // warpgroups, beside one that copies
+  bool ping_pong = false;  // a tile is one consumer's, and one of them finishes while the other multiplies
+  int cluster = 1;         // blocks with neighbouring rows that share what they read of b
+  constexpr bool wgmma() const { return consumers > 0; }
+  constexpr int warps() const { return wgmma() ? 4 * (1 + consumers) : warps_m * warps_n; }
   constexpr int threads() const { return 32 * warps(); }
   constexpr int warp_rows() const { return rows / warps_m; }
   constexpr int warp_columns() const { return columns / warps_n; }
   constexpr int stage_bytes() const { return (rows + columns) * slice; }
   constexpr int staging_stride() const { return (warp_columns() + 8) * 4; }  // rows 8 banks apart
   constexpr int shared_bytes() const {
+    if (wgmma()) return 1024 + stages * (stage_bytes() + 16);  // alignment and barriers
     const int staging = warps() * 16 * staging_stride(), ring = stages * stage_bytes();
     return staging > ring ? staging : ring;
   }
-  constexpr int registers() const { return warp_rows() * warp_columns() / 32 + 112; }  // of a thread, about
+  constexpr int registers() const { return wgmma() ? 168 : warp_rows() * warp_columns() / 32 + 112; }  // about
 };
 
 constexpr TileRow kTileRows[] = {
+    {"wgmma 2x128x256", 128, 256, 128, 4, 8, 1, false, 2, false, 2},
+    {"wgmma 128x256", 128, 256, 128, 4, 8, 1, false, 2},
+    {"wgmma 128x128", 128, 128, 128, 6, 4, 1, false, 2, true},
+    {"wgmma 64x256", 64, 256, 128, 5, 4, 1, false, 2, true},
     {"mma 128x256", 128, 256, 64, 4, 2, 4, false},
     {"mma 128x128", 128, 128, 64, 3, 2, 2, true},
     {"mma 64x128", 64, 128, 64, 4, 2, 2, true},
@@ -45,11 +56,12 @@ struct Processor {
   int shared_in_all;  // of a multiprocessor
   int multiply_adds;  // a clock, 16-bit operands, mma.sync
   int cache_bytes;    // a clock, from L2
+  int wgmma = 0;      // multiply-adds a clock by wgmma; 0: it has none
 };
 /// By architecture; one that is newer than all counts as the one before it.
 constexpr Processor kProcessors[] = {
     {80, 108, 163 << 10, 164 << 10, 1024, 48},  {86, 84, 99 << 10, 100 << 10, 512, 24},
-    {89, 128, 99 << 10, 100 << 10, 512, 24},    {90, 132, 227 << 10, 228 << 10, 1280, 40},
+    {89, 128, 99 << 10, 100 << 10, 512, 24},    {90, 132, 227 << 10, 228 << 10, 1280, 40, 2048},
     {100, 148, 227 << 10, 228 << 10, 1280, 40}, {120, 170, 99 << 10, 100 << 10, 512, 24},
 };
 constexpr Processor processor_of(int arch) {
@@ -64,7 +76,8 @@ struct ProductShape {
   int64_t E, S, N, K;
   DType dtype;
   bool allow_tf32;
-  bool in_16_bytes;  // rows of a, and of b along the sum or along N, start and end at multiples of 16 bytes
+  bool in_16_bytes;     // rows of a, and of b along the sum or along N, start and end at multiples of 16 bytes
+  bool in_maps = true;  // tensor maps can hold a and b
 };
 
 constexpr int64_t ceil_of(int64_t n, int64_t d) { return (n + d - 1) / d; }
@@ -73,6 +86,12 @@ constexpr int64_t ceil_of(int64_t n, int64_t d) { return (n + d - 1) / d; }
 constexpr const char* refusal(const TileRow& row, const ProductShape& p, const Processor& on) {
   if (row.slice == 0) return nullptr;
   if (on.arch < 80) return "the processor is older than sm_80";
+  if (row.wgmma()) {
+    if (on.wgmma == 0) return "wgmma is sm_90's, in a build for sm_90a";
+    if (dtype_bytes(p.dtype) != 2) return "wgmma multiplies 16-bit types here";
+    if (p.K == 0) return "the sum is empty";
+    if (!p.in_maps) return "a tensor map cannot hold a or b";
+  }
   if (p.dtype == DType::f64) return "no tensor core sums float64 here";
   if (p.dtype == DType::f32 && !p.allow_tf32) return "float32 is summed exactly unless tf32 is allowed";
   if (p.dtype == DType::f32 && !row.has_tf32) return "no tf32 kernel of this size";
@@ -90,23 +109,36 @@ constexpr int64_t blocks_at_once(const TileRow& row, const Processor& on) {
   return least < 1 ? 1 : least;
 }
 
-/// Clocks of the product with this row: waves of blocks, each bound by the tensor cores, by shared memory or by the L2
-/// cache, plus what a block pays once. Rows are taken as spread evenly over the experts.
+/// The longest of what a slice of a tile takes: products, shared memory, the L2 cache.
+constexpr int64_t slice_clocks(const TileRow& row, int64_t element, const Processor& on) {
+  const int64_t products = int64_t(row.rows) * row.columns * (row.slice / element);
+  const int64_t mma = row.wgmma() ? products / on.wgmma : products * (element == 4 ? 2 : 1) / on.multiply_adds;
+  // wgmma reads the columns anew for every 64 rows, mma.sync the rows and columns of every warp.
+  const int64_t read =
+      row.wgmma() ? row.rows / 64 * (64 + row.columns) : row.warps() * (row.warp_rows() + row.warp_columns());
+  const int64_t shared = read * row.slice / 128;
+  const int64_t cache = (row.rows + row.columns / row.cluster) * row.slice / on.cache_bytes;
+  return mma > shared ? (mma > cache ? mma : cache) : (shared > cache ? shared : cache);
+}
+
+/// Clocks of the product with this row: waves of tiles, each bound by the longest of a slice, plus what a tile pays
+/// once. Rows are taken as spread evenly over the experts.
 constexpr int64_t clocks_of(const TileRow& row, const ProductShape& p, const Processor& on) {
   const int64_t element = p.dtype == DType::f32 ? 4 : 2, E = p.E < p.S ? p.E : p.S;
   if (E == 0 || p.N == 0) return 0;
-  const int64_t tiles = E * ceil_of(ceil_of(p.S, E), row.rows) * ceil_of(p.N, row.columns);
-  const int64_t slices = ceil_of(p.K * element, row.slice);
-  const int64_t products = int64_t(row.rows) * row.columns * (row.slice / element);
-  const int64_t mma = products * (element == 4 ? 2 : 1) / on.multiply_adds;
-  const int64_t shared = row.warps() * (row.warp_rows() + row.warp_columns()) * row.slice / 128;
-  const int64_t cache = row.stage_bytes() / on.cache_bytes;
-  const int64_t slice = mma > shared ? (mma > cache ? mma : cache) : (shared > cache ? shared : cache);
+  const int64_t row_tiles = ceil_of(ceil_of(p.S, E), row.rows * row.cluster) * row.cluster;
+  const int64_t rounds = ceil_of(E * row_tiles * ceil_of(p.N, row.columns), on.count);
+  const int64_t slices = ceil_of(p.K * element, row.slice) * slice_clocks(row, element, on);
+  const int64_t sums = int64_t(row.rows) * row.columns;
+  if (row.wgmma()) {  // a block starts once; sums are exchanged and written while nobody multiplies, or the other one
+                      // does
+    const int64_t once = 1000 + sums / 8, both = (slices + once + 1) / 2;
+    return row.ping_pong ? rounds * (slices > both ? slices : both) + once : rounds * (slices + once);
+  }
   // Once a block: its place in the grid and the first stages, then the sums through shared memory and out.
-  const int64_t once = 1200 + int64_t(row.rows) * row.columns / 16;
-  const int64_t at_once = blocks_at_once(row, on), rounds = ceil_of(tiles, on.count);
+  const int64_t once = 1200 + sums / 16;
   // Blocks of one multiprocessor share its units; what a block pays once hides behind the others.
-  return rounds * slices * slice + ceil_of(rounds, at_once) * once;
+  return rounds * slices + ceil_of(rounds, blocks_at_once(row, on)) * once;
 }
 
 /// The row of kTileRows for a product: the fewest clocks of those that do not refuse; the last one takes everything.

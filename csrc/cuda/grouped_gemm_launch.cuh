@@ -21,7 +21,7 @@ template <class T, int kRow = 0> cudaError_t launch_row(int row, const GroupedRo
   if constexpr (kRow == kFma) {
     return cudaErrorInvalidValue;
   } else {
-    if constexpr (sizeof(T) == 2 || kTileRows[kRow].has_tf32) {
+    if constexpr (!kTileRows[kRow].wgmma() && (sizeof(T) == 2 || kTileRows[kRow].has_tf32)) {
       if (row == kRow)
         return g.b.col_stride == 1 ? launch_tile<T, kRow, false>(g, stream) : launch_tile<T, kRow, true>(g, stream);
     }

@@ -30,7 +30,8 @@ template <auto kernel, class... P, class... A>
 cudaError_t launch_later(const LaunchShape& shape, cudaStream_t stream, void (*)(P...), A... args) {
   static_assert(sizeof...(P) == sizeof...(A), "one argument a kernel parameter");
   if (uint64_t(shape.grid.x) * shape.grid.y * shape.grid.z == 0) return cudaSuccess;
-  const nvrtc::LaunchConfig config{shape.grid, shape.block, shape.shared_bytes, shape.cooperative, shape.programmatic};
+  const nvrtc::LaunchConfig config{shape.grid,        shape.block,        shape.shared_bytes,
+                                   shape.cooperative, shape.programmatic, shape.cluster};
   const auto start = [&](std::remove_const_t<P>... values) {
     void* pointers[] = {&values..., nullptr};
     return nvrtc::launch(compiled_later<kernel>, config, stream, pointers);

@@ -124,7 +124,7 @@ template <int N> MOE_DEVICE void wgmma_wait_group() {
 }
 /// No instruction: the compiler may not move accesses of these registers across.
 template <int N> MOE_DEVICE void wgmma_fence_operands(float (&d)[N]) {
-  MOE_TWIN((void)d, for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory"););
+  MOE_TWIN((void)d, _Pragma("unroll") for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory"););
 }
 
 /// tf32 as the type of a product: the operands are floats, of which 10 bits of mantissa are read.
@@ -289,11 +289,12 @@ MOE_DEVICE void st_shared_cluster(uint32_t address, uint32_t v) {
   MOE_TWIN(simt::st_shared_cluster(address, v),
            asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory"));
 }
-/// mbarrier.arrive.release.cluster.shared::cluster (Synchronization: mbarrier.arrive) at the barrier of block `cta`.
+/// mbarrier.arrive.shared::cluster (Synchronization: mbarrier.arrive) at the barrier of block `cta`: that this warp has
+/// read. Written data it does not order at the scope of the cluster, which would cost a fence of all memory.
 MOE_DEVICE void mbarrier_arrive_remote(uint32_t bar, uint32_t cta) {
   MOE_TWIN(simt::mbarrier_arrive_remote(bar, cta),
            asm volatile("{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
-                        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(bar),
+                        "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(bar),
                         "r"(cta) : "memory"));
 }
 

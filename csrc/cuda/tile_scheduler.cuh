@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Which tile of a grouped product a block computes, found on the device: the host knows only how many rows there are at
-// most and starts a block for every tile there may be; blocks without one end at once.
+// most and starts a block for every tile there may be; blocks without one end at once. Where blocks stay (sm_90), each
+// goes round the tiles in order instead.
 //
 // Order: expert by expert, and inside an expert groups of kGroupRows m-tiles times all n-tiles, m first. Neighbouring
 // blocks thus share a weight tile, and the rows of a group stay in the L2 cache while the weight passes once. Heavy
@@ -65,18 +66,24 @@ template <int kTileRows> MOE_DEVICE LaneExperts read_experts(const int32_t* ends
   return x;
 }
 
-/// The tile of block `index` of a grid of most_row_tiles times `column_tiles`. Every warp calls it and gets the same.
+/// Where a search for a tile has come to: searches for higher indices go on from there.
+struct TileSearch {
+  int64_t base = 0;  // experts before this one have ..
+  int32_t tiles_before = 0, end_before = 0;
+};
+
+/// The tile `index` of most_row_tiles times `column_tiles`. Every warp calls it and gets the same.
 template <int kTileRows> MOE_DEVICE OutputTile find_tile(const int32_t* ends, int64_t E, int64_t S,
-                                                         uint32_t column_tiles, uint32_t index) {
+                                                         uint32_t column_tiles, uint32_t index, TileSearch& search) {
   const int lane = threadIdx.x % kWarp;
   const int32_t wanted = int32_t(index / column_tiles);  // of the m-tiles, in order
-  int32_t tiles_before = 0, end_before = 0;
-  for (int64_t base = 0; base < E; base += kWarp * kExpertsALane) {
-    const LaneExperts x = read_experts<kTileRows>(ends, E, S, base + lane * kExpertsALane, end_before);
-    const int32_t mine = tiles_before + warp_prefix(x.tiles_in_all, lane);
+  for (; search.base < E; search.base += kWarp * kExpertsALane) {
+    int32_t end_before = search.end_before;
+    const LaneExperts x = read_experts<kTileRows>(ends, E, S, search.base + lane * kExpertsALane, end_before);
+    const int32_t mine = search.tiles_before + warp_prefix(x.tiles_in_all, lane);
     const uint32_t owner = __ballot_sync(kFullWarp, wanted >= mine && wanted < mine + x.tiles_in_all);
     if (owner == 0) {
-      tiles_before += warp_sum(x.tiles_in_all);
+      search.tiles_before += warp_sum(x.tiles_in_all), search.end_before = end_before;
       continue;
     }
     int32_t at = mine, e = 0, row = 0, end = 0, before = 0, count = 0;
@@ -94,9 +101,14 @@ template <int kTileRows> MOE_DEVICE OutputTile find_tile(const int32_t* ends, in
     const uint32_t in_group = min(uint32_t(kGroupRows), tiles - group * kGroupRows);
     const uint32_t turn = inside - group * kGroupRows * column_tiles;
     const int64_t row_tile = group * kGroupRows + turn % in_group;
-    return {int32_t(base) + e, int32_t(turn / in_group), row + row_tile * kTileRows, end, row};
+    return {int32_t(search.base) + e, int32_t(turn / in_group), row + row_tile * kTileRows, end, row};
   }
   return {-1, 0, 0, 0, 0};
+}
+template <int kTileRows> MOE_DEVICE OutputTile find_tile(const int32_t* ends, int64_t E, int64_t S,
+                                                         uint32_t column_tiles, uint32_t index) {
+  TileSearch search;
+  return find_tile<kTileRows>(ends, E, S, column_tiles, index, search);
 }
 
 }  // namespace moe::cuda

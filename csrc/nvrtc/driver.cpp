@@ -4,15 +4,14 @@
 
 #include <dlfcn.h>
 
-#include <algorithm>
 #include <string>
 
 namespace moe::nvrtc {
 namespace {
 
 using Result = int;  // CUresult; those of the runtime that a caller tells apart have the same numbers
-constexpr int kMaxDynamicSharedBytes = 8;                              // CUfunction_attribute
-constexpr int kCooperative = 2, kProgrammaticStreamSerialization = 6;  // CUlaunchAttributeID
+constexpr int kMaxDynamicSharedBytes = 8;                                                     // CUfunction_attribute
+constexpr int kCooperative = 2, kClusterDimension = 4, kProgrammaticStreamSerialization = 6;  // CUlaunchAttributeID
 
 struct alignas(8) LaunchAttribute {  // CUlaunchAttribute
   int id;
@@ -20,6 +19,7 @@ struct alignas(8) LaunchAttribute {  // CUlaunchAttribute
   union {
     char bytes[64];
     int value;
+    unsigned cluster[3];
   };
 };
 struct LaunchParameters {  // CUlaunchConfig
@@ -45,7 +45,9 @@ struct Driver {
   Result (*cuModuleGetFunction)(void**, void*, const char*);
   Result (*cuFuncSetAttribute)(void*, int, int);
   Result (*cuLaunchKernelEx)(const LaunchParameters*, void*, void**, void**);
-  std::string missing;  // empty: all there
+  Result (*cuDriverGetVersion)(int*);
+  decltype(&cuTensorMapEncodeTiled) encode;  // of sm_90: null in an old driver
+  std::string missing;                       // empty: all there
 
   Driver() {
     void* library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
@@ -62,7 +64,8 @@ struct Driver {
     find(cuDeviceGetAttribute, "cuDeviceGetAttribute"), find(cuDevicePrimaryCtxRetain, "cuDevicePrimaryCtxRetain");
     find(cuMemsetD8Async, "cuMemsetD8Async"), find(cuModuleLoadData, "cuModuleLoadData");
     find(cuModuleGetFunction, "cuModuleGetFunction"), find(cuFuncSetAttribute, "cuFuncSetAttribute");
-    find(cuLaunchKernelEx, "cuLaunchKernelEx");
+    find(cuLaunchKernelEx, "cuLaunchKernelEx"), find(cuDriverGetVersion, "cuDriverGetVersion");
+    encode = reinterpret_cast<decltype(encode)>(dlsym(library, "cuTensorMapEncodeTiled"));
     if (missing.empty()) cuInit(0);
   }
 };
@@ -146,7 +149,7 @@ cudaError_t launch(Kernel& kernel, const LaunchConfig& config, cudaStream_t stre
     const Result result = driver().cuFuncSetAttribute(function, kMaxDynamicSharedBytes, int(config.shared_bytes));
     if (result) return cudaError_t(result);
   }
-  LaunchAttribute attributes[2] = {};
+  LaunchAttribute attributes[3] = {};
   const dim3 &grid = config.grid, &block = config.block;
   LaunchParameters parameters{
       {grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, config.shared_bytes, stream, attributes, 0};
@@ -156,6 +159,10 @@ cudaError_t launch(Kernel& kernel, const LaunchConfig& config, cudaStream_t stre
   };
   if (config.cooperative) ask(kCooperative);
   if (config.programmatic) ask(kProgrammaticStreamSerialization);
+  if (config.cluster > 1) {
+    LaunchAttribute& cluster = attributes[parameters.attribute_count++];
+    cluster.id = kClusterDimension, cluster.cluster[0] = config.cluster, cluster.cluster[1] = cluster.cluster[2] = 1;
+  }
   return cudaError_t(driver().cuLaunchKernelEx(&parameters, function, arguments, nullptr));
 }
 
@@ -169,6 +176,19 @@ const char* cudaGetErrorString(cudaError_t error) {
   if (error == cudaErrorUnknown && !moe::nvrtc::words.empty()) return moe::nvrtc::words.c_str();
   if (!driver().missing.empty()) return driver().missing.c_str();
   return driver().cuGetErrorString(error, &text) == 0 && text ? text : "an error that the driver does not know";
+}
+
+cudaError_t cudaDriverGetVersion(int* version) {
+  if (!driver().missing.empty()) return failed(driver().missing);
+  return cudaError_t(driver().cuDriverGetVersion(version));
+}
+
+CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* base,
+                                const cuuint64_t* size, const cuuint64_t* strides, const cuuint32_t* box,
+                                const cuuint32_t* step, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
+                                CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill) {
+  if (!driver().missing.empty() || !driver().encode) return CUDA_ERROR_INVALID_VALUE;
+  return driver().encode(map, type, rank, base, size, strides, box, step, interleave, swizzle, promotion, fill);
 }
 
 cudaError_t cudaGetDevice(int* device) {

@@ -8,12 +8,14 @@
 #include <cstdint>
 
 #include "../simt/simt.h"
+#include "tensor_map_types.h"
 
 // Names and values of the toolkit; the attributes are those of CUdevice_attribute.
 enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
   cudaErrorInvalidConfiguration = 9,
+  cudaErrorNotSupported = 801,
   cudaErrorUnknown = 999,
 };
 using cudaStream_t = void*;
@@ -25,6 +27,7 @@ enum cudaDeviceAttr {
 };
 /// The driver's words, or after cudaErrorUnknown those of the compiler that failed on this thread.
 const char* cudaGetErrorString(cudaError_t error);
+cudaError_t cudaDriverGetVersion(int* version);
 cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t stream);
@@ -45,6 +48,7 @@ struct LaunchConfig {
   dim3 grid, block;
   uint32_t shared_bytes;
   bool cooperative, programmatic;
+  uint32_t cluster;  // blocks along x
 };
 cudaError_t launch(Kernel& kernel, const LaunchConfig& config, cudaStream_t stream, void** arguments);
 

@@ -14,6 +14,14 @@ namespace {
 constexpr uint64_t kDefaultSeed = 4;  // random schedule, copies land late
 constexpr int kMultiprocessors = 4;
 
+/// 10 * major + minor of the GPU that the emulator stands for. Whatever it is, every instruction is emulated; launchers
+/// choose by it.
+int arch() {
+  const char* const text = std::getenv("MOE_KERNELS_SIMT_ARCH");
+  return text != nullptr && *text != 0 ? std::atoi(text) : 80;
+}
+int shared_bytes() { return arch() / 10 == 9 || arch() / 10 == 10 ? 232448 : arch() == 80 ? 166912 : 101376; }
+
 // Between guard bytes that belong to nobody, so that an overrun is out of bounds and not in a neighbour.
 std::map<void*, void*> allocations;  // user pointer -> malloc's
 
@@ -51,9 +59,9 @@ cudaError_t cudaGetDevice(int* device) {
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount: *value = kMultiprocessors; return cudaSuccess;
-    case cudaDevAttrComputeCapabilityMajor: *value = 9; return cudaSuccess;
-    case cudaDevAttrComputeCapabilityMinor: *value = 0; return cudaSuccess;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = 232448; return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMajor: *value = arch() / 10; return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMinor: *value = arch() % 10; return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = shared_bytes(); return cudaSuccess;
   }
   return cudaErrorInvalidValue;
 }
