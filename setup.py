@@ -7,6 +7,7 @@ Variables: MOE_KERNELS_CUDA=0|1, FORCE_CUDA=1, TORCH_CUDA_ARCH_LIST, CUDA_HOME, 
 import os
 import pprint
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -36,7 +37,7 @@ CXX_FLAGS = ["-O3", "-g0", "-fvisibility=hidden"]
 def sources() -> dict[str, list[str]]:
     """csrc/sources.txt: library -> its files, in the order of the list."""
     lines = (line.split("#")[0].split() for line in (ROOT / "csrc/sources.txt").read_text().splitlines())
-    table: dict[str, list[str]] = {name: [] for name in ("ops", "host", "cpu", "cuda")}
+    table: dict[str, list[str]] = {name: [] for name in ("ops", "host", "cpu", "cuda", "nvrtc")}
     for library, path in filter(None, lines):
         table[library].append(path)
     return table
@@ -58,10 +59,15 @@ class Build(BuildExtension):
         os.environ.setdefault("MAX_JOBS", str(job_limit()))
         super().run()  # then the libraries stand where `pip install .` or `pip install -e .` wants them
         record = f"# Written by setup.py: what this build is.\nINFO = {pprint.pformat(self.info, width=100)}\n"
-        Path(self.get_ext_fullpath("moe_kernels._ops")).with_name("_build_info.py").write_text(record)
+        package = Path(self.get_ext_fullpath("moe_kernels._ops")).parent
+        (package / "_build_info.py").write_text(record)
+        shutil.rmtree(package / "csrc", ignore_errors=True)
+        for path in self.kernel_texts:  # as the launchers saw them: the two must fit
+            (package / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / path, package / path)
 
     def build_extensions(self):
-        ops, host = self.extensions
+        ops, host, launchers = self.extensions
         ops.include_dirs, ops.library_dirs = include_paths(), library_paths()
         host.include_dirs = [pybind11.get_include()]
         cxx = [*shlex.split(os.environ.get("CXX", "c++")), "--version"]
@@ -72,6 +78,9 @@ class Build(BuildExtension):
             "flags": [*CXX_FLAGS, f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"],
             **self.add_cuda(ops),
         }
+        self.kernel_texts = self.add_launchers(launchers)
+        if not self.kernel_texts:
+            self.extensions.remove(launchers)
         super().build_extensions()
 
     def build_extension(self, ext):
@@ -94,13 +103,25 @@ class Build(BuildExtension):
             return {"cuda": None, "cuda_reason": choice.reason, "arch_list": "", "nvcc_flags": []}
         print(f"moe_kernels: CPU kernels, and CUDA kernels for {archs}: {choice.reason}")
         home = found.home()
-        ops.extra_objects += nvcc.compile_objects(found, kernels, flags, Path(self.build_temp, "cuda").resolve())
+        out = Path(self.build_temp, "cuda").resolve()
+        ops.extra_objects += nvcc.compile_objects([found.path, *flags], kernels, out)
         ops.sources += [path for path in files if path not in kernels]
         ops.include_dirs.append(str(home / "include"))
         ops.library_dirs += [str(home / "lib64"), str(home / "lib")]
         ops.libraries += ["cudart_static", "rt", "dl", "pthread"]
         ops.extra_link_args.append("-Wl,--exclude-libs,ALL")  # the CUDA runtime stays inside
         return {"cuda": found.version, "cuda_reason": choice.reason, "arch_list": archs, "nvcc_flags": flags}
+
+    def add_launchers(self, ext):
+        """Compiles the launchers alone where nvcc does not compile the kernels; returns the texts that NVRTC needs."""
+        if self.info["cuda"] or os.environ.get("MOE_KERNELS_CUDA") == "0":
+            return []
+        kernels = [path for path in sources()["cuda"] if path.endswith(".cu")]
+        command = [*shlex.split(os.environ.get("CXX", "c++")), *CXX_FLAGS, *nvcc.LAUNCHERS]
+        ext.extra_objects += nvcc.compile_objects(command, kernels, Path(self.build_temp, "launchers").resolve())
+        ext.include_dirs, ext.library_dirs = include_paths(), library_paths()
+        texts = [path for pattern in ("*.h", "cuda/*.h", "cuda/*.cuh") for path in (ROOT / "csrc").glob(pattern)]
+        return sorted(path.relative_to(ROOT) for path in texts)
 
 
 FILES = sources()
@@ -114,4 +135,12 @@ OPS = Extension(
     **COMMON,
 )
 HOST = Extension("moe_kernels._host", FILES["host"], libraries=["dl"], **COMMON)
-setup(ext_modules=[OPS, HOST], cmdclass={"build_ext": Build})
+NVRTC = Extension(  # the CUDA ops of a build without nvcc: moe_kernels/nvrtc.py
+    "moe_kernels._nvrtc",
+    [*FILES["nvrtc"], *(path for path in FILES["cuda"] if path.endswith(".cpp"))],
+    define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET), ("MOE_NVRTC", None)],
+    libraries=["torch_cpu", "dl"],
+    py_limited_api=True,
+    **COMMON,
+)
+setup(ext_modules=[OPS, HOST, NVRTC], cmdclass={"build_ext": Build})

@@ -7,6 +7,7 @@ python bench/cuda_stages.py --simt    small sizes, address audit; no time is tak
 
 from __future__ import annotations
 
+import importlib
 import statistics
 import sys
 from collections.abc import Callable
@@ -55,6 +56,22 @@ def seconds(call: Callable[[], object]) -> float:
     return statistics.median(times[10:])
 
 
+def cupy_take(x: torch.Tensor, row_to_slot: torch.Tensor, K: int) -> Callable[[], object] | None:
+    """CuPy's gather of the same rows, on torch's stream and memory; None where CuPy is not installed."""
+    try:
+        cupy = importlib.import_module("cupy")
+    except ImportError:
+        return None
+    source = mk.interop.to_dlpack(x.view(torch.int16), cupy)  # CuPy has no bfloat16: the bits will do
+    rows = mk.interop.to_dlpack(row_to_slot // K, cupy)
+
+    def take() -> object:
+        with mk.interop.cupy_stream():
+            return cupy.take(source, rows, axis=0)
+
+    return take
+
+
 def on_gpu() -> None:
     copy = torch.empty(2**28, dtype=torch.uint8, device="cuda")
     bandwidth = 2 * copy.numel() / seconds(lambda: copy.clone())
@@ -66,6 +83,11 @@ def on_gpu() -> None:
                 t = seconds(call)
                 rate = least / t
                 print(f"| {stage} | {name} | {T} | {t * 1e6:.1f} | {rate / 1e12:.2f} | {rate / bandwidth:.0%} |")
+            s = SHAPES[name]
+            x = torch.randn(T, s.H, device="cuda", dtype=torch.bfloat16)
+            ids = torch.rand(T, s.E, device="cuda").topk(s.K).indices
+            if take := cupy_take(x, mk.permute(x, ids, s.E).row_to_slot, s.K):
+                print(f"| cupy.take of the rows | {name} | {T} | {seconds(take) * 1e6:.1f} | | |")
 
 
 def on_emulator() -> None:

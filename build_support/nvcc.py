@@ -17,6 +17,8 @@ from pathlib import Path
 
 FLAGS = ("-O3", "-std=c++17", "--threads=0", "-Werror=all-warnings", "-Xcompiler=-fPIC,-fvisibility=hidden")
 
+LAUNCHERS = ("-std=c++17", "-fPIC", "-DMOE_NVRTC", "-Wno-unknown-pragmas", "-x", "c++")  # for the C++ compiler
+
 
 @dataclass(frozen=True)
 class Nvcc:
@@ -43,15 +45,18 @@ def find() -> Nvcc | None:
     return None
 
 
-def compile_objects(nvcc: Nvcc, sources: Sequence[str], flags: Sequence[str], out: Path) -> list[str]:
-    """Compiles every source into `out`, only what changed; returns the object files. MAX_JOBS bounds the jobs."""
+def compile_objects(compiler: Sequence[str], sources: Sequence[str], out: Path) -> list[str]:
+    """Compiles every source into `out`, only what changed; returns the object files. MAX_JOBS bounds the jobs.
+
+    `compiler` is nvcc or, for launchers without kernels, the C++ compiler; with its flags.
+    """
     out.mkdir(parents=True, exist_ok=True)
     objects = [str(out / Path(source).with_suffix(".o").name) for source in sources]
     rule = (
-        f"rule nvcc\n  command = {nvcc.path} {' '.join(flags)} -MD -MF $out.d -c $in -o $out\n"
+        f"rule compile\n  command = {' '.join(compiler)} -MD -MF $out.d -c $in -o $out\n"
         "  depfile = $out.d\n  deps = gcc\n"
     )
-    builds = [f"build {obj}: nvcc {Path(source).resolve()}\n" for obj, source in zip(objects, sources, strict=True)]
+    builds = [f"build {obj}: compile {Path(source).resolve()}\n" for obj, source in zip(objects, sources, strict=True)]
     (out / "build.ninja").write_text(rule + "".join(builds))
     jobs = os.environ.get("MAX_JOBS")
     subprocess.run(["ninja", "-C", str(out), *(["-j", jobs] if jobs else [])], check=True)

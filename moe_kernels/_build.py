@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from . import nvrtc
 from ._version import __version__
 
 FLOOR = (2, 11)  # the library uses torch's stable calls of this version; setup.py's TORCH_TARGET says the same
@@ -101,6 +102,8 @@ def load() -> None:
             problem = _load_failure(said, str(_record().get("torch", "of unknown version")))
         else:
             _library, ops_loaded = libraries[0], True
+            if not _record().get("cuda"):
+                nvrtc.load(next(iter(_libraries(_PACKAGE, "_nvrtc")), None))
     reason = f"moe_kernels: {problem}" if problem else ""
 
 
@@ -113,6 +116,15 @@ def _host_info() -> dict[str, object]:
         return {"isa": "unknown", "host_reason": _other_python(_PACKAGE, "_host") or str(error)}
     except RuntimeError as error:  # MOE_KERNELS_ISA names no level
         return {"isa": "unknown", "host_reason": str(error)}
+
+
+def cuda_route() -> str:
+    """Which compiler made, or will make, the CUDA kernels; "no: ..." with the reasons where there are none."""
+    record = _record()
+    if record.get("cuda"):
+        return f"nvcc {record['cuda']} for {record['arch_list']}"
+    why = record.get("cuda_reason", "not built")
+    return f"{nvrtc.about()} ({why})" if nvrtc.active else f"no: by nvcc: {why}; by NVRTC: {nvrtc.reason}"
 
 
 def info() -> dict[str, object]:
@@ -131,6 +143,8 @@ def info() -> dict[str, object]:
         "cuda": record.get("cuda"),
         "cuda_reason": record.get("cuda_reason", "not built"),
         "arch_list": record.get("arch_list", ""),
+        "nvrtc": nvrtc.active,
+        "cuda_route": cuda_route(),
         "isa": "unknown",
         "isa_levels": [],
         "host_reason": "",

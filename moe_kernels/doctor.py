@@ -13,7 +13,7 @@ import torch
 from . import _build, hf, ops
 
 OPS = ("route", "permute", "grouped_gemm", "unpermute", "fused_experts", "pack_experts")
-VARIABLES = ("MOE_KERNELS_STRICT", "MOE_KERNELS_DEBUG", "MOE_KERNELS_ISA")
+VARIABLES = ("MOE_KERNELS_STRICT", "MOE_KERNELS_DEBUG", "MOE_KERNELS_ISA", "MOE_KERNELS_CACHE")
 OPTIONAL = {
     "transformers": 'the demo and experts_implementation="moe_kernels": pip install "transformers>=5.0"',
     "safetensors": "reading checkpoints: pip install safetensors",
@@ -88,11 +88,10 @@ def _build_lines(info: dict[str, object]) -> list[str]:
     levels = info.get("isa_levels") or []
     names = ", ".join(str(level) for level in levels) if isinstance(levels, list | tuple) else str(levels)
     host = f" ({info['host_reason']})" if info.get("host_reason") else ""
-    cuda = info.get("cuda")
     return [
         f"library       {info['library'] or 'not loaded'}",
         f"built with    torch {info['torch_built']}, {info['compiler']}",
-        f"CUDA kernels  {cuda if cuda else 'no: ' + str(info['cuda_reason'])}",
+        f"CUDA kernels  {info['cuda_route']}",
         f"instructions  {info['isa']} (this processor can: {names or 'unknown'}){host}",
     ]
 

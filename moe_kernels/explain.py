@@ -81,7 +81,7 @@ def explain(op: str, *, T: int, H: int, I: int, E: int, K: int, dtype: torch.dty
     backend, why = backend_of(op, kind)
     if backend == "reference":
         if kind == "cuda" and _build.ops_loaded and not _build.info()["cuda"]:
-            why += f"; the library was built for the CPU only: {_build.info()['cuda_reason']}"
+            why += f"; the library was built for the CPU only: {_build.cuda_route()}"
         return Explanation(backend, "plain PyTorch, moe_kernels.reference", [(f"{name} kernel", why)], True, asked)
     level, choices = _LEVEL_AND_CHOICES[kind]
     config, refused = choices(op, Sizes(T, H, I, E, K, dtype.itemsize, gated, transposed), name)
@@ -192,15 +192,18 @@ def _cuda_products(op: str, s: Sizes, name: str) -> tuple[str, list[tuple[str, s
 
 
 def _arch(name: str) -> int:
-    """90 of "sm_90a"; for "cuda" the newest architecture of this build."""
+    """90 of "sm_90a"; for "cuda" the newest architecture of this build, or of NVRTC the first device's."""
     if name.startswith("sm_"):
         return int(name.removeprefix("sm_").rstrip("af"))
+    if _build.info()["nvrtc"] and torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability(torch.device(name))
+        return 10 * major + minor
     built = re.findall(r"(\d+)\.(\d)", str(_build.info()["arch_list"]))
     return max((10 * int(major) + int(minor) for major, minor in built), default=80)
 
 
 def _cuda_level(name: str) -> str:
-    built = str(_build.info()["arch_list"])
+    built = "NVRTC" if _build.info()["nvrtc"] else str(_build.info()["arch_list"])
     return name if name.startswith("sm_") else f"({built})"
 
 

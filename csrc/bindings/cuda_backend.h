@@ -30,6 +30,9 @@ inline cudaStream_t current_stream(int32_t device) {
 template <class Args> void run(const Tensor& like, Args&& args) {
   const int32_t device = like.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
+#ifdef MOE_NVRTC
+  succeed("the CUDA driver", nvrtc::use_device(device));
+#endif
   const Tensor space = device_workspace(like, args);
   queue(args, current_stream(device));
 }

@@ -39,12 +39,12 @@ template <class T, int N> cudaError_t with_mma(const DecodeArgs& args, cudaStrea
   const int units = p.gated ? kDecodeRows : 2 * kDecodeRows;
   LaunchShape shape{dim3(ceil_div(p.I, units), unsigned(std::min(p.E, slots_of(p)))), dim3(kDecodeWarps * kWarp)};
   shape.shared_bytes = N * 8 * DecodeParts<2>::kPitch * 4, shape.programmatic = true;
-  const cudaError_t error = launch(shape, stream, decode_w13_kernel<T, N>, p, epilogue_of(args));
+  const cudaError_t error = launch<decode_w13_kernel<T, N>>(shape, stream, p, epilogue_of(args));
   if (error != cudaSuccess) return error;
   const DecodeW2Layout layout = w2_layout(p, kDecodeRows, 4, kDecodeTokens * DecodeParts<1>::kPitch * 4);
   shape.grid = dim3(ceil_div(p.H, kDecodeRows)), shape.shared_bytes = layout.bytes;
-  return launch(shape, stream, decode_w2_kernel<T, N>, p, layout, static_cast<const T*>(args.act),
-                static_cast<T*>(args.y));
+  return launch<decode_w2_kernel<T, N>>(shape, stream, p, layout, static_cast<const T*>(args.act),
+                                        static_cast<T*>(args.y));
 }
 
 template <class T> cudaError_t plain(const DecodeArgs& args, cudaStream_t stream) {
@@ -52,12 +52,12 @@ template <class T> cudaError_t plain(const DecodeArgs& args, cudaStream_t stream
   LaunchShape shape{dim3(ceil_div(p.I, kDecodeWarps), unsigned(std::min(p.E, slots_of(p)))),
                     dim3(kDecodeWarps * kWarp)};
   shape.programmatic = true;
-  const cudaError_t error = launch(shape, stream, decode_w13_plain_kernel<T>, p, epilogue_of(args));
+  const cudaError_t error = launch<decode_w13_plain_kernel<T>>(shape, stream, p, epilogue_of(args));
   if (error != cudaSuccess) return error;
   const DecodeW2Layout layout = w2_layout(p, kDecodeWarps, sizeof(acc_t<T>), 0);
   shape.grid = dim3(ceil_div(p.H, kDecodeWarps)), shape.shared_bytes = layout.bytes;
-  return launch(shape, stream, decode_w2_plain_kernel<T>, p, layout, static_cast<const T*>(args.act),
-                static_cast<T*>(args.y));
+  return launch<decode_w2_plain_kernel<T>>(shape, stream, p, layout, static_cast<const T*>(args.act),
+                                           static_cast<T*>(args.y));
 }
 
 bool rows_of_16_bytes(const void* data, int64_t lengths) {

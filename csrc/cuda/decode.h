@@ -8,9 +8,7 @@
 #pragma once
 #include "../moe.h"
 #include "device.h"
-#ifdef MOE_SIMT
-#include "../simt/host_api.h"
-#endif
+#include "runtime.h"
 
 namespace moe::cuda {
 
@@ -22,6 +20,7 @@ struct DecodeArgs {
   void* act;      // [S, I] workspace, decode_workspace_bytes
 };
 
+#if !defined(__CUDACC_RTC__)
 /// Whether decode takes the call: kDecodeSlots at most, one type of x and weights, weights not packed.
 bool decode_takes(const ExpertMlp&);
 /// Whether the tensor cores take it: bf16 or f16, rows of 16 bytes, H and I contiguous in the weights. Otherwise a warp
@@ -29,5 +28,6 @@ bool decode_takes(const ExpertMlp&);
 bool decode_uses_mma(const ExpertMlp&);
 int64_t decode_workspace_bytes(const ExpertMlp&);
 cudaError_t decode(const DecodeArgs&, cudaStream_t);
+#endif
 
 }  // namespace moe::cuda

@@ -3,8 +3,14 @@
 //   nvcc   the toolkit's own headers.
 //   NVRTC  no host header at all: the integer types are defined here.
 //   g++ -DMOE_SIMT  csrc/simt/cuda_names.h gives threadIdx, __syncthreads, atomicAdd ... to plain C++.
+//   g++ -DMOE_NVRTC  the same for the launchers of a build without nvcc: they need a kernel's name and its parameters'
+//                    types, never its body, so nothing of it is compiled (csrc/nvrtc/driver.h).
 // Kernels use dynamic shared memory only, through MOE_SHARED, and no asm: that stands in ptx.cuh.
 #pragma once
+
+#ifdef MOE_NVRTC
+#define MOE_SIMT
+#endif
 
 #if defined(MOE_SIMT)
 #include "../simt/cuda_names.h"
@@ -27,7 +33,11 @@ using uintptr_t = unsigned long long;
 
 #if defined(MOE_SIMT)
 #define MOE_DEVICE inline __attribute__((always_inline))
+#ifdef MOE_NVRTC
+#define MOE_KERNEL inline void
+#else
 #define MOE_KERNEL __attribute__((noinline)) void
+#endif
 /// Declares `type* name`, this block's dynamic shared memory, aligned to 128 bytes and no more.
 #define MOE_SHARED(type, name) type* const name = static_cast<type*>(::moe::simt::shared_memory(sizeof(type)))
 #define MOE_ARCH 900

@@ -15,10 +15,10 @@ LaunchShape shape_of(int64_t T, const ChoiceTile& tile) {
 
 template <class T> cudaError_t cut(const ExpertCutsArgs& args, cudaStream_t stream) {
   const ChoiceTile tile = choice_tile(args.E, sizeof(acc_t<T>), 32);
-  const cudaError_t error = launch(shape_of(args.T, tile), stream, expert_scores_kernel<T>, args, tile);
+  const cudaError_t error = launch<expert_scores_kernel<T>>(shape_of(args.T, tile), stream, args, tile);
   if (error != cudaSuccess) return error;
   const LaunchShape columns{dim3(unsigned(args.T / args.n * args.E)), dim3(kCutBins), (kCutBins + 2) * 4};
-  return launch(columns, stream, expert_cuts_kernel<acc_t<T>>, args);
+  return launch<expert_cuts_kernel<acc_t<T>>>(columns, stream, args);
 }
 
 }  // namespace
@@ -34,8 +34,8 @@ cudaError_t expert_cuts(const ExpertCutsArgs& args, cudaStream_t stream) {
 
 cudaError_t expert_choice(const ExpertChoiceArgs& args, cudaStream_t stream) {
   const ChoiceTile tile = choice_tile(args.E, dtype_bytes(args.dtype), kChoiceWarps);
-  if (args.dtype == DType::f64) return launch(shape_of(args.T, tile), stream, expert_slots_kernel<double>, args, tile);
-  return launch(shape_of(args.T, tile), stream, expert_slots_kernel<float>, args, tile);
+  if (args.dtype == DType::f64) return launch<expert_slots_kernel<double>>(shape_of(args.T, tile), stream, args, tile);
+  return launch<expert_slots_kernel<float>>(shape_of(args.T, tile), stream, args, tile);
 }
 
 }  // namespace moe::cuda

@@ -53,4 +53,12 @@ MOE_DEVICE int active_experts(const int32_t* ends, int64_t E, int64_t S, ActiveE
   return count;
 }
 
+/// A block clears rows until none is left; 16 bytes a thread where the rows begin and end so.
+template <class V> MOE_KERNEL __launch_bounds__(256)
+    zero_rows_kernel(const int32_t* ends, int64_t E, int64_t S, V* out, int64_t vectors) {
+  const int64_t used = E ? max(ends[E - 1], 0) : 0;
+  for (int64_t r = used + int64_t(blockIdx.x); r < S; r += gridDim.x)
+    for (int64_t i = threadIdx.x; i < vectors; i += blockDim.x) out[r * vectors + i] = V{};
+}
+
 }  // namespace moe::cuda

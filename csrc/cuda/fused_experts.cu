@@ -168,7 +168,7 @@ class Backward {
     cudaError_t result = cudaSuccess;
     visit_dtype(p_.dtype, [&](auto tag) {
       const dim3 grid(unsigned((w.S + 7) / 8));
-      result = launch({grid, dim3(8 * kWarp)}, stream_, weight_gradient_kernel<decltype(tag)>, w);
+      result = launch<weight_gradient_kernel<decltype(tag)>>({grid, dim3(8 * kWarp)}, stream_, w);
     });
     return result;
   }
@@ -188,7 +188,7 @@ class Backward {
       using T = decltype(tag);
       const dim3 grid(unsigned((s.N + kWarp - 1) / kWarp), unsigned(s.E < 65535 ? s.E : 65535));
       const uint32_t bytes = kSumLanes * kWarp * uint32_t(sizeof(acc_t<T>));
-      result = launch({grid, dim3(kSumLanes * kWarp), bytes}, stream_, expert_sums_kernel<T>, s);
+      result = launch<expert_sums_kernel<T>>({grid, dim3(kSumLanes * kWarp), bytes}, stream_, s);
     });
     return result;
   }

@@ -12,8 +12,8 @@ namespace {
 template <class T, int kHalves> cudaError_t start(const GroupedRows& g, cudaStream_t stream) {
   const int64_t parts = (g.N / kHalves + kFmaColumns - 1) / kFmaColumns;
   const dim3 grid(unsigned(g.S / kFmaRows + g.E), unsigned(parts < 65535 ? parts : 65535));
-  return launch({grid, dim3(kFmaThreads), uint32_t(sizeof(FmaShared<acc_t<T>, kHalves>))}, stream,
-                grouped_fma_kernel<T, kHalves>, g);
+  return launch<grouped_fma_kernel<T, kHalves>>(
+      {grid, dim3(kFmaThreads), uint32_t(sizeof(FmaShared<acc_t<T>, kHalves>))}, stream, g);
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 // Launcher of grouped products: which kernel, and the rows that no expert owns.
 #include "grouped_gemm.h"
 
+#include "expert_rows.cuh"
 #include "grouped_gemm_config.h"
 #include "grouped_gemm_sm90.h"
 #include "launch.h"
@@ -11,14 +12,6 @@ namespace moe::cuda {
 cudaError_t grouped_rows_bf16(int row, const GroupedRows&, cudaStream_t);
 cudaError_t grouped_rows_f16(int row, const GroupedRows&, cudaStream_t);
 cudaError_t grouped_rows_tf32(int row, const GroupedRows&, cudaStream_t);
-
-/// A block clears rows until none is left; 16 bytes a thread where the rows begin and end so.
-template <class V> MOE_KERNEL __launch_bounds__(256)
-    zero_rows_kernel(const int32_t* ends, int64_t E, int64_t S, V* out, int64_t vectors) {
-  const int64_t used = E ? max(ends[E - 1], 0) : 0;
-  for (int64_t r = used + int64_t(blockIdx.x); r < S; r += gridDim.x)
-    for (int64_t i = threadIdx.x; i < vectors; i += blockDim.x) out[r * vectors + i] = V{};
-}
 
 namespace {
 
@@ -66,8 +59,8 @@ cudaError_t rows_by_wgmma(int row, const GroupedRows& g, cudaStream_t stream) {
 template <class V> cudaError_t zero_rows(const int32_t* ends, int64_t E, int64_t S, void* out, int64_t bytes,
                                          cudaStream_t stream) {
   const int64_t blocks = S < 1024 ? S : 1024;
-  return launch({dim3(unsigned(blocks)), dim3(256)}, stream, zero_rows_kernel<V>, ends, E, S, static_cast<V*>(out),
-                bytes / int64_t(sizeof(V)));
+  return launch<zero_rows_kernel<V>>({dim3(unsigned(blocks)), dim3(256)}, stream, ends, E, S, static_cast<V*>(out),
+                                     bytes / int64_t(sizeof(V)));
 }
 
 }  // namespace

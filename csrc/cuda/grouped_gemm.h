@@ -14,9 +14,7 @@
 #pragma once
 #include "../moe.h"
 #include "device.h"
-#if defined(MOE_SIMT)
-#include "../simt/host_api.h"
-#endif
+#include "runtime.h"
 
 namespace moe::cuda {
 

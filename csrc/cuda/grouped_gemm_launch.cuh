@@ -11,8 +11,9 @@ template <class T, int kRow, bool kAlongColumns> cudaError_t launch_tile(const G
   const int64_t column_tiles = ceil_of(g.N, row.columns);
   const int64_t blocks = most_row_tiles(g.E, g.S, row.rows) * column_tiles;
   if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
-  return launch({dim3(unsigned(blocks)), dim3(unsigned(row.threads())), uint32_t(row.shared_bytes())}, stream,
-                grouped_rows_kernel<T, kRow, kAlongColumns>, g, uint32_t(column_tiles));
+  return launch<grouped_rows_kernel<T, kRow, kAlongColumns>>(
+      {dim3(unsigned(blocks)), dim3(unsigned(row.threads())), uint32_t(row.shared_bytes())}, stream, g,
+      uint32_t(column_tiles));
 }
 
 /// The kernel of a row of kTileRows, which must not refuse the product.

@@ -26,7 +26,7 @@ cudaError_t launch_wgmma(const GroupedRows& g, cudaStream_t stream) {
   LaunchShape shape{dim3(unsigned(clusters * row.cluster)), dim3(unsigned(row.threads())),
                     uint32_t(row.shared_bytes())};
   shape.cluster = row.cluster;
-  return launch(shape, stream, grouped_rows_sm90_kernel<T, kRow, kGather, kAcross>, maps, g, uint32_t(column_tiles));
+  return launch<grouped_rows_sm90_kernel<T, kRow, kGather, kAcross>>(shape, stream, maps, g, uint32_t(column_tiles));
 }
 
 /// The kernel of a row of kTileRows, which must not refuse the product.

@@ -31,13 +31,13 @@ dim3 grid_of(const GroupedWgradArgs& args, int64_t width) {
 
 template <class T> cudaError_t with_mma(const GroupedWgradArgs& args, cudaStream_t stream) {
   const LaunchShape shape{grid_of(args, WgradTile<T>::kWidth), dim3(WgradTile<T>::kThreads), WgradTile<T>::kBytes};
-  return launch(shape, stream, grouped_wgrad_kernel<T>, args, quotient_of(args.n_side), quotient_of(args.k_side));
+  return launch<grouped_wgrad_kernel<T>>(shape, stream, args, quotient_of(args.n_side), quotient_of(args.k_side));
 }
 
 template <class T> cudaError_t with_fma(const GroupedWgradArgs& args, cudaStream_t stream) {
   constexpr uint32_t bytes = 2 * kWgradFmaDepth * kWgradFmaWidth * sizeof(acc_t<T>);
-  return launch({grid_of(args, kWgradFmaWidth), dim3(kWgradFmaThreads), bytes}, stream, grouped_wgrad_fma_kernel<T>,
-                args);
+  return launch<grouped_wgrad_fma_kernel<T>>({grid_of(args, kWgradFmaWidth), dim3(kWgradFmaThreads), bytes}, stream,
+                                             args);
 }
 
 }  // namespace
@@ -86,8 +86,8 @@ cudaError_t grouped_wgrad(const GroupedWgradArgs& given, cudaStream_t stream) {
   if (error != cudaSuccess || args.parts <= 1) return error;
   const int64_t blocks = std::min((args.N * args.K + kAddThreads - 1) / kAddThreads, kMostBlocks);
   const LaunchShape shape{dim3(unsigned(blocks), unsigned(std::min<int64_t>(args.E, 65535))), dim3(kAddThreads)};
-  return args.dtype == DType::f64 ? launch(shape, stream, grouped_wgrad_add_kernel<double>, args)
-                                  : launch(shape, stream, grouped_wgrad_add_kernel<float>, args);
+  return args.dtype == DType::f64 ? launch<grouped_wgrad_add_kernel<double>>(shape, stream, args)
+                                  : launch<grouped_wgrad_add_kernel<float>>(shape, stream, args);
 }
 
 }  // namespace moe::cuda

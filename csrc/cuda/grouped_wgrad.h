@@ -8,9 +8,7 @@
 #pragma once
 #include "../moe.h"
 #include "device.h"
-#ifdef MOE_SIMT
-#include "../simt/host_api.h"
-#endif
+#include "runtime.h"
 
 namespace moe::cuda {
 
@@ -36,6 +34,7 @@ struct GroupedWgradArgs {
   void* partial;                         // [parts, E, N, K] acc, or [parts, E, K, N]; null for one part
 };
 
+#if !defined(__CUDACC_RTC__)
 /// Whether the tensor cores take it: bf16, f16 or tf32, to dtype or f32; 16-byte rows of sides and out, one index of
 /// out contiguous. Otherwise a tile of plain multiply-adds in acc does it, for any stride.
 bool grouped_wgrad_uses_mma(const GroupedWgradArgs&);
@@ -43,5 +42,6 @@ bool grouped_wgrad_uses_mma(const GroupedWgradArgs&);
 int64_t grouped_wgrad_parts(const GroupedWgradArgs&);
 int64_t grouped_wgrad_partial_bytes(const GroupedWgradArgs&);  // of partial, for these parts
 cudaError_t grouped_wgrad(const GroupedWgradArgs&, cudaStream_t);
+#endif
 
 }  // namespace moe::cuda

@@ -4,8 +4,9 @@
 #pragma once
 
 #include "device.h"
-#ifdef MOE_SIMT
-#include "../simt/host_api.h"
+#include "runtime.h"
+#ifdef MOE_NVRTC
+#include <type_traits>
 #endif
 
 namespace moe::cuda {
@@ -20,6 +21,24 @@ struct LaunchShape {
   unsigned cluster = 1;       // blocks along x that share their memory (sm_90); the grid is a multiple of it
 };
 
+#ifdef MOE_NVRTC
+/// The name of `kernel` as a compiler of the kernels resolves it: `kernel = NAME]` ends this function's own.
+template <auto kernel> constexpr const char* signature_of() { return __PRETTY_FUNCTION__; }
+template <auto kernel> inline nvrtc::Kernel compiled_later{signature_of<kernel>()};
+
+template <auto kernel, class... P, class... A>
+cudaError_t launch_later(const LaunchShape& shape, cudaStream_t stream, void (*)(P...), A... args) {
+  static_assert(sizeof...(P) == sizeof...(A), "one argument a kernel parameter");
+  if (uint64_t(shape.grid.x) * shape.grid.y * shape.grid.z == 0) return cudaSuccess;
+  const nvrtc::LaunchConfig config{shape.grid,        shape.block,        shape.shared_bytes,
+                                   shape.cooperative, shape.programmatic, shape.cluster};
+  const auto start = [&](std::remove_const_t<P>... values) {
+    void* pointers[] = {&values..., nullptr};
+    return nvrtc::launch(compiled_later<kernel>, config, stream, pointers);
+  };
+  return start(P(args)...);
+}
+#else
 /// Starts `kernel`; an empty grid starts nothing. Returns what the launch said, never waits.
 template <class... P, class... A>
 cudaError_t launch(const LaunchShape& shape, cudaStream_t stream, void (*kernel)(P...), A... args) {
@@ -58,6 +77,17 @@ cudaError_t launch(const LaunchShape& shape, cudaStream_t stream, void (*kernel)
     attributes[config.numAttrs++].val.clusterDim = {shape.cluster, 1, 1};
   }
   return cudaLaunchKernelEx(&config, kernel, P(args)...);
+#endif
+}
+#endif
+
+/// Starts `kernel`, known when the launcher is compiled, as every kernel of this library is: so that it can be compiled
+/// at its first use where no nvcc was. Returns what the launch said, never waits.
+template <auto kernel, class... A> cudaError_t launch(const LaunchShape& shape, cudaStream_t stream, A... args) {
+#ifdef MOE_NVRTC
+  return launch_later<kernel>(shape, stream, decltype(kernel)(nullptr), args...);
+#else
+  return launch(shape, stream, kernel, args...);
 #endif
 }
 

@@ -4,9 +4,7 @@
 #pragma once
 #include "../moe.h"
 #include "device.h"
-#ifdef MOE_SIMT
-#include "../simt/host_api.h"
-#endif
+#include "runtime.h"
 
 namespace moe::cuda {
 

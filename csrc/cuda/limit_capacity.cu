@@ -28,16 +28,16 @@ int64_t limit_capacity_workspace_bytes(const LimitCapacityArgs& args) {
 cudaError_t limit_capacity(const LimitCapacityArgs& args, cudaStream_t stream) {
   const IndexTile tile = tile_of(args);
   const LaunchShape shape{dim3(unsigned(groups_of(args) * tile.tiles)), dim3(unsigned(tile.warps * kWarp)), tile.bytes};
-  if (tile.tiles == 1) return launch(shape, stream, limit_capacity_kernel, args, tile);
+  if (tile.tiles == 1) return launch<limit_capacity_kernel>(shape, stream, args, tile);
   auto* tile_counts = static_cast<int32_t*>(args.workspace);
-  cudaError_t error = launch(shape, stream, limit_count_kernel, args, tile, tile_counts);
+  cudaError_t error = launch<limit_count_kernel>(shape, stream, args, tile, tile_counts);
   if (error != cudaSuccess) return error;
   constexpr int scan_warps = 32;
   const int64_t scans = groups_of(args) * ((args.E + kWarp - 1) / kWarp);
-  error = launch({dim3(unsigned(scans)), dim3(scan_warps * kWarp), scan_warps * kWarp * 4}, stream, limit_scan_kernel,
-                 int(args.E), int(tile.tiles), tile_counts);
+  error = launch<limit_scan_kernel>({dim3(unsigned(scans)), dim3(scan_warps * kWarp), scan_warps * kWarp * 4}, stream,
+                                    int(args.E), int(tile.tiles), tile_counts);
   if (error != cudaSuccess) return error;
-  return launch(shape, stream, limit_drop_kernel, args, tile, static_cast<const int32_t*>(tile_counts));
+  return launch<limit_drop_kernel>(shape, stream, args, tile, static_cast<const int32_t*>(tile_counts));
 }
 
 }  // namespace moe::cuda

@@ -17,15 +17,16 @@ template <class V> cudaError_t copy_rows(const PermuteArgs& args, cudaStream_t s
   constexpr int64_t warps = 8;
   const int64_t bytes = dtype_bytes(args.dtype), vectors = args.H * bytes / int64_t(sizeof(V));
   const int64_t parts = (vectors + kWarp * kRowVectors - 1) / (kWarp * kRowVectors);
-  return launch({dim3(unsigned((args.P + warps - 1) / warps), unsigned(parts < 65535 ? parts : 65535)),
-                 dim3(unsigned(warps * kWarp))},
-                stream, permute_rows_kernel<V>, args, vectors, args.x_stride * bytes / int64_t(sizeof(V)));
+  return launch<permute_rows_kernel<V>>(
+      {dim3(unsigned((args.P + warps - 1) / warps), unsigned(parts < 65535 ? parts : 65535)),
+       dim3(unsigned(warps * kWarp))},
+      stream, args, vectors, args.x_stride * bytes / int64_t(sizeof(V)));
 }
 
 }  // namespace
 
 cudaError_t narrow_ids(const NarrowIdsArgs& args, cudaStream_t stream) {
-  return launch({blocks_for(args.S), dim3(256)}, stream, narrow_ids_kernel, args);
+  return launch<narrow_ids_kernel>({blocks_for(args.S), dim3(256)}, stream, args);
 }
 
 int64_t permute_index_workspace_bytes(int64_t S, int64_t E) {
@@ -36,15 +37,16 @@ int64_t permute_index_workspace_bytes(int64_t S, int64_t E) {
 cudaError_t permute_index(const PermuteIndexArgs& args, cudaStream_t stream) {
   const IndexTile tile = index_tile(args.S, args.E);
   const LaunchShape shape{dim3(unsigned(tile.tiles)), dim3(unsigned(tile.warps * kWarp)), tile.bytes};
-  if (tile.tiles == 1) return launch(shape, stream, permute_index_kernel, args, tile);
+  if (tile.tiles == 1) return launch<permute_index_kernel>(shape, stream, args, tile);
   auto* tile_counts = static_cast<int32_t*>(args.workspace);
-  cudaError_t error = launch(shape, stream, permute_count_kernel, args, tile, tile_counts);
+  cudaError_t error = launch<permute_count_kernel>(shape, stream, args, tile, tile_counts);
   if (error != cudaSuccess) return error;
   constexpr int scan_warps = 32;
-  error = launch({dim3(unsigned((args.E + kWarp - 1) / kWarp)), dim3(scan_warps * kWarp), scan_warps * kWarp * 4},
-                 stream, permute_scan_kernel, int(args.E), int(tile.tiles), tile_counts);
+  error = launch<permute_scan_kernel>(
+      {dim3(unsigned((args.E + kWarp - 1) / kWarp)), dim3(scan_warps * kWarp), scan_warps * kWarp * 4}, stream,
+      int(args.E), int(tile.tiles), tile_counts);
   if (error != cudaSuccess) return error;
-  return launch(shape, stream, permute_place_kernel, args, tile, static_cast<const int32_t*>(tile_counts));
+  return launch<permute_place_kernel>(shape, stream, args, tile, static_cast<const int32_t*>(tile_counts));
 }
 
 cudaError_t permute(const PermuteArgs& args, cudaStream_t stream) {

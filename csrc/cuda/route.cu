@@ -27,7 +27,7 @@ cudaError_t route(const RouteArgs& args, cudaStream_t stream) {
   const TokenRuns runs = token_runs(args.T, B, tile);
   cudaError_t result = cudaSuccess;
   visit_dtype(args.dtype, [&](auto tag) {
-    result = launch(shape_of(tile, runs), stream, route_kernel<decltype(tag)>, args, tile, runs);
+    result = launch<route_kernel<decltype(tag)>>(shape_of(tile, runs), stream, args, tile, runs);
   });
   if (result != cudaSuccess || B == 0) return result;
   return add_rows(args.E, B, runs.per_group, args.dtype, args.workspace, args.score_sums, stream);
@@ -39,7 +39,7 @@ cudaError_t route_backward(const RouteBackwardArgs& args, cudaStream_t stream) {
   const TokenRuns runs = token_runs(args.T, B, tile);
   cudaError_t result = cudaSuccess;
   visit_dtype(args.dtype, [&](auto tag) {
-    result = launch(shape_of(tile, runs), stream, route_backward_kernel<decltype(tag)>, args, tile, runs);
+    result = launch<route_backward_kernel<decltype(tag)>>(shape_of(tile, runs), stream, args, tile, runs);
   });
   return result;
 }

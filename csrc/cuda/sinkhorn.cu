@@ -40,7 +40,7 @@ cudaError_t sinkhorn(const SinkhornArgs& args, cudaStream_t stream) {
   LaunchShape shape{dim3(blocks), dim3(kSinkhornWarps * kWarp)};
   shape.shared_bytes = uint32_t((args.E + kSinkhornWarps * kWarp) * acc);
   shape.cooperative = true;
-  visit_dtype(args.dtype, [&](auto tag) { result = launch(shape, stream, sinkhorn_kernel<decltype(tag)>, args); });
+  visit_dtype(args.dtype, [&](auto tag) { result = launch<sinkhorn_kernel<decltype(tag)>>(shape, stream, args); });
   return result;
 }
 

@@ -27,8 +27,8 @@ cudaError_t add_rows(int64_t E, int64_t groups, int64_t rows, DType dtype, const
   const dim3 grid(unsigned((E + kWarp - 1) / kWarp), groups < most_groups ? unsigned(groups) : most_groups);
   const auto start = [&](auto zero) {
     using A = decltype(zero);
-    return launch({grid, dim3(warps * kWarp), warps * kWarp * uint32_t(sizeof(A))}, stream, add_rows_kernel<A>, int(E),
-                  groups, rows, static_cast<const A*>(parts), static_cast<A*>(sums));
+    return launch<add_rows_kernel<A>>({grid, dim3(warps * kWarp), warps * kWarp * uint32_t(sizeof(A))}, stream, int(E),
+                                      groups, rows, static_cast<const A*>(parts), static_cast<A*>(sums));
   };
   return dtype == DType::f64 ? start(0.) : start(0.f);
 }
@@ -42,7 +42,7 @@ cudaError_t sum_scores(const SumScoresArgs& args, cudaStream_t stream) {
   const TokenRuns runs = token_runs(args.T, args.B, tile);
   cudaError_t result = cudaSuccess;
   visit_dtype(args.dtype, [&](auto tag) {
-    result = launch(shape_of(tile, runs), stream, sum_scores_kernel<decltype(tag)>, args, tile, runs);
+    result = launch<sum_scores_kernel<decltype(tag)>>(shape_of(tile, runs), stream, args, tile, runs);
   });
   if (result != cudaSuccess) return result;
   return add_rows(args.E, args.B, runs.per_group, args.dtype, args.workspace, args.sums, stream);
@@ -53,7 +53,7 @@ cudaError_t sum_scores_backward(const SumScoresBackwardArgs& args, cudaStream_t 
   const TokenRuns runs = token_runs(args.T, args.B, tile);
   cudaError_t result = cudaSuccess;
   visit_dtype(args.dtype, [&](auto tag) {
-    result = launch(shape_of(tile, runs), stream, sum_scores_backward_kernel<decltype(tag)>, args, tile, runs);
+    result = launch<sum_scores_backward_kernel<decltype(tag)>>(shape_of(tile, runs), stream, args, tile, runs);
   });
   return result;
 }

@@ -48,7 +48,7 @@ int64_t stride_of(const BoxedTensor& t, int i) { return t.size[i] == 1 ? 16 : t.
 
 /// Drivers up to 13.1 encode a bit that is wrong for tensors of less than 128 KiB (as CUTLASS 4.7 has it).
 void repair_small(const BoxedTensor& t, TensorMap* map) {
-#if defined(MOE_SIMT)
+#if defined(MOE_SIMT) && !defined(MOE_NVRTC)
   (void)t, (void)map;
 #else
   int64_t bytes = t.size[0] * dtype_bytes(t.dtype);

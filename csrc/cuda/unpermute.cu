@@ -41,7 +41,7 @@ cudaError_t unpermute(const UnpermuteArgs& args, cudaStream_t stream) {
     constexpr int N = decltype(width)::value;
     const int64_t parts = ceil_div(args.H, kWarp * N);
     const dim3 grid(ceil_div(args.T, kWarps), unsigned(parts < 65535 ? parts : 65535));
-    return launch({grid, dim3(kWarps * kWarp)}, stream, unpermute_kernel<decltype(tag), N>, args);
+    return launch<unpermute_kernel<decltype(tag), N>>({grid, dim3(kWarps * kWarp)}, stream, args);
   });
 }
 
@@ -51,16 +51,16 @@ cudaError_t unpermute_backward(const UnpermuteBackwardArgs& args, cudaStream_t s
   auto* owners = static_cast<int32_t*>(args.workspace);
   const bool wide = aligned(dtype_bytes(args.dtype), {args.rows, args.grad_y, args.grad_rows},
                             {args.rows_stride, args.grad_y_stride, args.H});
-  cudaError_t error = launch({dim3(ceil_div(args.P, 256)), dim3(256)}, stream, unpermute_clear_kernel, args.P, owners);
+  cudaError_t error = launch<unpermute_clear_kernel>({dim3(ceil_div(args.P, 256)), dim3(256)}, stream, args.P, owners);
   if (error != cudaSuccess) return error;
   return visit_width(args.dtype, wide, [&](auto tag, auto width) {
     using T = decltype(tag);
     constexpr int N = decltype(width)::value;
-    error = launch({dim3(ceil_div(args.T * args.K, 256)), dim3(256)}, stream, unpermute_owners_kernel<acc_t<T>>, args,
-                   owners);
+    error = launch<unpermute_owners_kernel<acc_t<T>>>({dim3(ceil_div(args.T * args.K, 256)), dim3(256)}, stream, args,
+                                                      owners);
     if (error != cudaSuccess) return error;
-    return launch({dim3(ceil_div(args.P, kWarps)), dim3(kWarps * kWarp)}, stream, unpermute_backward_kernel<T, N>, args,
-                  static_cast<const int32_t*>(owners));
+    return launch<unpermute_backward_kernel<T, N>>({dim3(ceil_div(args.P, kWarps)), dim3(kWarps * kWarp)}, stream, args,
+                                                   static_cast<const int32_t*>(owners));
   });
 }
 
