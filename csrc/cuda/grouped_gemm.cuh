@@ -194,32 +194,34 @@ template <class S, bool kAlongColumns> struct Reader {
       b = S::a_bytes + along_sum<S::slice>(column + lane / 16 * 8 + lane % 8, lane / 8 % 2);
     } else if constexpr (sizeof(T) == 2) {  // B: k 0-7 and 8-15 of columns 0-7, then of columns 8-15
       b = S::a_bytes + along_columns<T, S::columns>(lane % 16, column / 8 + lane / 16);
-    } else {  // one element a lane: k = lane % 4, column = lane / 4
-      b = S::a_bytes + along_columns<T, S::columns>(lane % 4, column / 4 + lane / 16) + lane / 4 % 4 * 4;
+    } else {  // four columns a lane, one for each of four products (stage_fours): k = lane % 4
+      b = S::a_bytes + along_columns<T, S::columns>(lane % 4, column / 4 + lane / 4);
     }
   }
 
   MOE_DEVICE void read(Operands<S>& to, uint32_t stage, int step) const {
-    // Bits 4 to 6 of an address are those that the swizzle exchanges; the stage begins at a multiple of 128.
-    const uint32_t from_a = (stage + a) ^ uint32_t(step * 32);
+    // Bits 4 to 6 of an address are those that the swizzle exchanges; the stage begins at a multiple of 128, so that it
+    // can be added last: the rest of an address does not change from slice to slice.
+    const uint32_t from_a = stage + (a ^ uint32_t(step * 32));
 #pragma unroll
     for (int m = 0; m < S::m16; ++m) ldmatrix_x4(to.a[m], from_a + uint32_t(m * 16 * S::slice));
     if constexpr (!kAlongColumns) {
-      const uint32_t from_b = (stage + b) ^ uint32_t(step * 32);
+      const uint32_t from_b = (stage + b) ^ uint32_t(step * 32);  // not hoisted: registers are scarce here
 #pragma unroll
       for (int n = 0; n < S::n8; n += 2) put(to, n, from_b + uint32_t(n * 8 * S::slice), false);
     } else if constexpr (sizeof(T) == 2) {
-      const uint32_t from_b = stage + b + uint32_t(step * S::step_elements * S::columns * 2);
+      const uint32_t from_b = stage + uint32_t(step * S::step_elements * S::columns * 2);
 #pragma unroll
-      for (int n = 0; n < S::n8; n += 2) put(to, n, from_b ^ uint32_t(n * 16), true);
+      for (int n = 0; n < S::n8; n += 2) put(to, n, from_b + (b ^ uint32_t(n * 16)), true);
     } else {
       const uint32_t from_b = stage + b + uint32_t(step * S::step_elements * S::columns * 4);
 #pragma unroll
-      for (int n = 0; n < S::n8; ++n) {
-        const uint32_t from = (from_b ^ uint32_t(n % 4 * 32)) + uint32_t(n / 4 * 128);
-        to.b[n][0] = ld_shared(from);
-        to.b[n][1] = ld_shared(from + 4 * S::columns * 4);
-      }
+      for (int n = 0; n < S::n8; n += 4)
+#pragma unroll
+        for (int far = 0; far < 2; ++far) {
+          const uint4 four = ld_shared_v4(from_b + uint32_t(n * 32 + far * 4 * S::columns * 4));
+          to.b[n][far] = four.x, to.b[n + 1][far] = four.y, to.b[n + 2][far] = four.z, to.b[n + 3][far] = four.w;
+        }
     }
     if constexpr (sizeof(T) == 4) round(to);
   }
@@ -299,17 +301,6 @@ template <class S, bool kAlongColumns> MOE_DEVICE void multiply(const GroupedRow
 
 // ---------------------------------------------------------------- the epilogue
 
-/// A warp's 16 rows of sums in shared memory, as the accumulators hold them: row lane / 4 (+ 8), columns 2 (lane % 4).
-template <class S> MOE_DEVICE void stage_sums(uint32_t to, int lane, const float (&sum)[S::n8][4]) {
-  constexpr uint32_t stride = S::staging_stride;
-  to += lane / 4 * stride + lane % 4 * 8;
-#pragma unroll
-  for (int n = 0; n < S::n8; ++n) {
-    st_shared_v2(to + n * 32, make_uint2(__float_as_uint(sum[n][0]), __float_as_uint(sum[n][1])));
-    st_shared_v2(to + 8 * stride + n * 32, make_uint2(__float_as_uint(sum[n][2]), __float_as_uint(sum[n][3])));
-  }
-}
-
 MOE_DEVICE void load_four(uint32_t from, float (&v)[4]) {
   const uint4 raw = ld_shared_v4(from);
   v[0] = __uint_as_float(raw.x), v[1] = __uint_as_float(raw.y);
@@ -370,8 +361,8 @@ template <class S> MOE_DEVICE void finish_rows(const GroupedRows& g, const Outpu
   }
 }
 
-template <class S> MOE_DEVICE void finish_tile(const GroupedRows& g, const OutputTile& tile, uint32_t shared,
-                                               const Sums<S>& sum) {
+template <class S, bool kAlongColumns> MOE_DEVICE void finish_tile(const GroupedRows& g, const OutputTile& tile,
+                                                                   uint32_t shared, const Sums<S>& sum) {
   const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
   const int warp_m = warp % S::warps_m, warp_n = warp / S::warps_m;
   const uint32_t staging = shared + uint32_t(warp * 16 * S::staging_stride);
@@ -380,7 +371,11 @@ template <class S> MOE_DEVICE void finish_tile(const GroupedRows& g, const Outpu
     // One copy of the code behind, though registers have no index.
 #pragma unroll
     for (int i = 0; i < S::m16; ++i)
-      if (i == m) stage_sums<S>(staging, lane, sum[i]);
+      if (i == m) {
+        if constexpr (kAlongColumns && sizeof(typename S::T) == 4)
+          stage_fours(staging, S::staging_stride, lane, sum[i]);
+        else stage_pairs(staging, S::staging_stride, lane, sum[i]);
+      }
     __syncwarp();
     finish_rows<S>(g, tile, staging, tile.row + warp_m * S::warp_rows + m * 16, warp_n, lane);
     __syncwarp();
@@ -397,7 +392,7 @@ template <class T, int kRow, bool kAlongColumns> MOE_KERNEL __launch_bounds__(kT
   const uint32_t shared = cvta_to_shared(memory);
   float sum[S::m16][S::n8][4] = {};
   if (g.K > 0) multiply<S, kAlongColumns>(g, tile, shared, sum);
-  finish_tile<S>(g, tile, shared, sum);
+  finish_tile<S, kAlongColumns>(g, tile, shared, sum);
 }
 
 }  // namespace moe::cuda
