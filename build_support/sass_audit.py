@@ -205,13 +205,16 @@ def occupancy(arch: str, registers: int, warps: int, shared: int) -> float:
 SHARED = {
     "permute_scan": (32, 4096), "limit_scan": (32, 4096), "add_rows<float>": (32, 4096), "add_rows<double>": (32, 8192)
 }  # fmt: skip
-# f32 is rounded to tf32 in the loop, weighted operands are multiplied there, and the tile of 16 rows (row 7) waits for
-# its weights, not for an issue slot; else 6.
-MMA_SLOTS = {f"grouped_wgrad<{t}, {w}>": 8 for t in ("bf16", "f16", "float") for w in ("true", "false")
-             if t == "float" or w == "true"}  # fmt: skip
-for _w in ("true", "false"):
-    MMA_SLOTS |= {f"grouped_rows<float, 6, {_w}>": 8, f"grouped_rows<float, 7, {_w}>": 16}
-    MMA_SLOTS |= {f"grouped_rows<{t}, 7, {_w}>": 8 for t in ("bf16", "f16")}
+# Issue slots of the main loop for each of its products on tensor cores. Six leaves them busy, but for two kernels that
+# wait for weights, which nobody uses twice. A multiprocessor gets 48 bytes a clock from L2 (kProcessors) and has four
+# schedulers: a product that takes b bytes of weights has 4 * b / 48 slots.
+#   16 rows in tf32   8 columns x 8 numbers of 4 bytes: 21. Each product rounds two registers that are its own and a
+#                     quarter of four: 1 + 3, and reads 3/4 and copies 9/16 pieces of 16 bytes, each with an address.
+#   decode            16 rows of weights x 16 numbers of 2 bytes: 42. No barrier, no shared memory in its loop.
+SLOTS_PER_MMA = 6
+MMA_SLOTS = {f"grouped_rows<float, 7, {along}>": 10 for along in ("true", "false")}
+WEIGHTS_ONCE = 4 * 16 * 16 * 2 // 48
+MOST_PRODUCTS = 48  # kernels of grouped products on one architecture
 ELEMENT = {"double": 8, "float": 4, "bf16": 2, "f16": 2}
 
 
@@ -239,13 +242,16 @@ def complaints(arch: str, found: dict[str, Kernel], budget: dict[str, dict[str, 
             most = budget.get(name, {}).get(field)
             if most is not None and value > most * (SLACK if field == "instructions" else 1):
                 said.append(f"sm_{arch} {name}: {field} {value}, budget {most}")
-        on_tensor_cores = name.startswith(("grouped_wgrad<", "grouped_rows<"))
-        if on_tensor_cores and not 0 < kernel.slots_per_mma <= MMA_SLOTS.get(name, 6):
-            said.append(f"sm_{arch} {name}: {kernel.slots_per_mma} slots per HMMA, wanted {MMA_SLOTS.get(name, 6)}")
+        most = MMA_SLOTS.get(name, WEIGHTS_ONCE if name.startswith("decode") else SLOTS_PER_MMA)
+        on_tensor_cores = name.startswith(("grouped_wgrad<", "grouped_rows<", "decode_w13<", "decode_w2<"))
+        if on_tensor_cores and not 0 < kernel.slots_per_mma <= most:
+            said.append(f"sm_{arch} {name}: {kernel.slots_per_mma} slots per HMMA, wanted {most}")
         if name.startswith(("route", "sum_scores")) and "double" not in name:
             for E, share in occupancies(name, arch, kernel, table).items():
                 if E <= 512 and share < 0.5:
                     said.append(f"sm_{arch} {name}: occupancy {share:.0%} at E={E}, wanted 50 %")
+    if (products := sum(name.startswith("grouped_") for name in found)) > MOST_PRODUCTS:
+        said.append(f"sm_{arch}: {products} kernels of grouped products, wanted {MOST_PRODUCTS}")
     return said
 
 

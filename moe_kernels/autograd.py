@@ -190,5 +190,5 @@ def install(namespace: str = NAMESPACE, names: Iterable[str] = tuple(FORMULAS)) 
     for name in names:
         backward, setup = FORMULAS[name]
         register_autograd(f"{namespace}::{name}", partial(backward, getattr(torch.ops, namespace)), setup_context=setup)
-    for device in ("cpu", "cuda"):
+    for device in ("cpu", "cuda") if "route" in names else ():
         register_autocast(f"{namespace}::route", device, torch.float32)

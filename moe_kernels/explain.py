@@ -14,7 +14,7 @@ import torch
 
 from . import _build, check
 from .fallback import PANEL, backend_of
-from .schemas import SCHEMAS
+from .schemas import SCHEMAS, allow_tf32
 
 
 @dataclass(frozen=True)
@@ -176,16 +176,21 @@ def _cuda_products(op: str, s: Sizes, name: str) -> tuple[str, list[tuple[str, s
     products = [("x w13", width, s.H), ("h w2", s.H, s.I)]  # columns, length of the sum
     if op == "fused_experts_backward":
         products = [("grad_y w2", s.I, s.H), ("grad_h w13", s.H, width)]
-    elif op == "grouped_gemm":
-        products = [("a b", width, s.H)]
+    elif op.startswith("grouped_gemm"):
+        products = [("a b", width, s.H)] if op == "grouped_gemm" else []
     dtype, said, refused = {8: 0, 4: 1, 2: 2}[s.bytes], [], []
+    whole = s.H * s.bytes % 16 == 0 and s.I * s.bytes % 16 == 0
+    tf32 = allow_tf32(torch.float32) and s.bytes == 4
     for product, columns, depth in products:
-        whole = s.H * s.bytes % 16 == 0 and s.I * s.bytes % 16 == 0
-        no, row = host.cuda_product(_arch(name), s.E, s.T * s.K, columns, depth, dtype, whole)
+        no, row = host.cuda_product(_arch(name), s.E, s.T * s.K, columns, depth, dtype, whole, tf32)
         refused += [(f"{product} {other}", why) for other, why in no]
-        said.append(f"{product}: {row}")
-    if op == "fused_experts_backward":
-        said.append("weight gradients: csrc/cuda/grouped_wgrad.cuh")
+        said.append(f"{product}: {row}" + (" in tf32" if tf32 and row != "fma" else ""))
+    if op.endswith("_backward"):
+        sizes = {"w13": (width, s.H), "w2": (s.H, s.I)} if op == "fused_experts_backward" else {"b": (s.H, width)}
+        for weight, (N, K) in sizes.items():
+            parts = host.cuda_wgrad_parts(_arch(name), s.E, s.T * s.K, N, K, dtype, whole, tf32)
+            cut = f", an expert's rows in {parts} parts" if parts > 1 else ""
+            said.append(f"gradient of {weight}: csrc/cuda/grouped_wgrad.cuh{cut}")
     elif op == "fused_experts" and host.few_tokens >= s.T:
         said.append("where nothing requires a gradient: csrc/cuda/decode.cuh")
     return f"csrc/cuda/{op.removesuffix('_backward')}.cuh, {'; '.join(said)}", refused

@@ -65,7 +65,7 @@ class Experts(nn.Module):
         hidden_mask: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """x [T, H], topk_weights [T, K], topk_ids [T, K], hidden_mask [T, K, I] -> y [T, H]."""
-        main_grads = {}
+        main_grads: dict[str, Any] = {}
         if self.gradient_accumulation_fusion:
             main_grads = {f"{name}_main_grad": self._main_grad(name) for name in ("w13", "w2")}
         return ops.fused_experts(

@@ -19,7 +19,7 @@ from . import check, fakes, fallback
 from .fallback import backend_of
 from .packed import PackedExperts, fused_experts_packed, pack_experts
 from .reference import Permuted, Routing, effective_scale
-from .schemas import ACTIVATION_CODE, DTYPE_CODE, SCORING, SCORING_CODE
+from .schemas import ACTIVATION_CODE, DTYPE_CODE, SCORING, SCORING_CODE, allow_tf32
 
 __all__ = [
     "PackedExperts", "Permuted", "Routing", "backend_of", "fused_experts", "grouped_gemm", "pack_experts", "permute",
@@ -223,7 +223,7 @@ def grouped_gemm(
             check.refuse("grouped_gemm", "main_grad", "None unless a is 2-D and b 3-D", check.got(main_grad))
         check.main_grad("grouped_gemm", "main_grad", main_grad, "b", b, either_major=True)
     code = DTYPE_CODE[a.dtype if out_dtype is None else out_dtype]
-    return _GROUPED_GEMM(a, b, offs, bias, code, _allow_tf32(a), main_grad)  # type: ignore[no-any-return]
+    return _GROUPED_GEMM(a, b, offs, bias, code, allow_tf32(a.dtype), main_grad)  # type: ignore[no-any-return]
 
 
 def unpermute(rows: Tensor, slot_to_row: Tensor, topk_weights: Tensor) -> Tensor:
@@ -351,7 +351,7 @@ def fused_experts(
     )
     y, _ = _FUSED_EXPERTS(
         x, w13, w2, topk_weights, topk_ids, w13_bias, w2_bias, expert_map, hidden_mask, code, is_gated, interleaved,
-        transposed, apply_router_weight_on_input, swiglu_limit, swiglu_alpha, _allow_tf32(x), w13_main_grad,
+        transposed, apply_router_weight_on_input, swiglu_limit, swiglu_alpha, allow_tf32(x.dtype), w13_main_grad,
         w2_main_grad, save_hidden,
     )  # fmt: skip
     return y  # type: ignore[no-any-return]
@@ -385,16 +385,6 @@ def _gated(
         return None
     is_gated = rows == 2 * inner if gated is None else gated
     return is_gated if rows == (2 * inner if is_gated else inner) and E * H * inner != 0 else None
-
-
-def _allow_tf32(t: Tensor) -> bool:
-    """What torch has been told about float32 products on a GPU."""
-    if t.dtype != torch.float32:
-        return False
-    try:
-        return torch.backends.cuda.matmul.allow_tf32
-    except RuntimeError:  # it was told by the newer name
-        return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def _any_requires_grad(*tensors: Tensor | None) -> bool:

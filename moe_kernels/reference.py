@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .main_grad import into_main_grad
 from .schemas import acc_dtype
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -292,20 +293,17 @@ def _with_zero_row(x: Tensor) -> Tensor:
 
 
 def grouped_gemm(
-    a: Tensor,
-    b: Tensor,
-    offs: Tensor | None = None,
-    *,
-    bias: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-) -> Tensor:
+    a: Tensor, b: Tensor, offs: Tensor | None = None, *, bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None, main_grad: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """One product a group e; offs [E] are inclusive ends of the groups along the dimension that a 2-D operand shares.
 
     a [M, k] b [E, k, N] -> [M, N] (rows grouped); a [E, M, k] b [k, N] -> [M, N] (columns grouped);
     a [M, k] b [k, N] -> [E, M, N] (k grouped); a [E, M, k] b [E, k, N] -> [E, M, N]. Past the last end: 0.
     """
     acc, out_dtype = acc_dtype(a.dtype), out_dtype or a.dtype
-    a, b, plus = a.to(acc), b.to(acc), None if bias is None else bias.to(acc)[:, None]  # [E, 1, N]
+    a, b = a.to(acc), into_main_grad(b, main_grad).to(acc)
+    plus = None if bias is None else bias.to(acc)[:, None]  # [E, 1, N]
     if offs is None:
         out = a @ b if plus is None else a @ b + plus
         return out.to(out_dtype)
@@ -351,9 +349,11 @@ def fused_experts(
     gated: bool | None = None, w13_bias: Tensor | None = None, w2_bias: Tensor | None = None, interleaved: bool = False,
     transposed: bool = False, expert_map: Tensor | None = None, apply_router_weight_on_input: bool = False,
     swiglu_limit: float = 7.0, swiglu_alpha: float = 1.702, hidden_mask: Tensor | None = None, recompute: bool = False,
+    w13_main_grad: Tensor | None = None, w2_main_grad: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """y[t] = sum over k of topk_weights[t, k] * (act(x[t] @ w13[e]^T + b13[e]) @ w2[e]^T + b2[e]), e = ids[t, k]."""
     acc, ids = acc_dtype(x.dtype), local_ids(topk_ids, expert_map)
+    w13, w2 = into_main_grad(w13, w13_main_grad), into_main_grad(w2, w2_main_grad)
     w13, w2, w13_bias = canonical(w13, w2, w13_bias, interleaved, transposed)
     gated = w13.shape[1] == 2 * w2.shape[2] if gated is None else gated
     w13_of, w2_of = w13.unbind(), w2.unbind()

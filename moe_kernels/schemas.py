@@ -87,3 +87,13 @@ for _name, _schema in SCHEMAS.items():
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that routing, accumulation and the combine are done in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def allow_tf32(dtype: torch.dtype) -> bool:
+    """Whether torch has been told that products of float32 on a GPU may round their factors to tf32."""
+    if dtype != torch.float32:
+        return False
+    try:
+        return bool(torch.backends.cuda.matmul.allow_tf32)
+    except RuntimeError:  # it was told by the newer name
+        return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")

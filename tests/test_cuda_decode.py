@@ -8,6 +8,7 @@ import pytest
 import simt_direct as direct
 import simt_ops
 import torch
+from test_fused_experts import DTYPES, OPTIONS
 
 from moe_kernels.reference import local_ids, permute
 from moe_kernels.schemas import ACTIVATION_CODE, ACTIVATIONS
@@ -15,7 +16,6 @@ from moe_kernels.testing import check, expert_layer, make_case
 
 pytestmark = pytest.mark.skipif(bool(simt_ops.missing()), reason=simt_ops.missing())
 HALVES = [torch.bfloat16, torch.float16]
-DTYPES = [torch.float64, torch.float32, *HALVES]
 
 
 @pytest.fixture(autouse=True)
@@ -62,21 +62,6 @@ def decode(case, *, mma=None):
 def compare(case, *, mma=None):
     truth, bound = expert_layer(case)["y"]
     check(decode(case, mma=mma), truth, bound, "y")
-
-
-OPTIONS = {
-    "plain": {},
-    "ungated": {"gated": False},
-    "bias": {"bias": True},
-    "bias_ungated": {"bias": True, "gated": False},
-    "interleaved": {"interleaved": True, "bias": True},
-    "expert_map": {"expert_map": True, "bias": True},
-    "absent": {"absent": True, "bias": True},
-    "on_input": {"weight_on_input": True, "bias": True, "absent": True},
-    "hidden_mask": {"hidden_mask": True, "bias": True},
-    "transposed": {"transposed": True, "bias": True},
-    "gpt_oss": {"interleaved": True, "bias": True, "activation": "swigluoai"},
-}
 
 
 @pytest.mark.parametrize("option", OPTIONS)

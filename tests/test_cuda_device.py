@@ -1,8 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ops on CUDA tensors: what needs a device. Streams, graphs, no synchronisation, a second GPU, large tensors.
 
-Without a GPU one thing is left to test: that a build with the kernels imports, serves CPU tensors, and says what it is.
+Without a GPU there is left to test: that a build with the kernels imports, serves CPU tensors, and says what it is;
+that launchers do nothing but launch, which is what a graph can capture; and that the sizes here take every kernel.
 """
+
+import importlib
+import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,12 +16,15 @@ import torch
 import moe_kernels as mk
 from moe_kernels import _build
 from moe_kernels.fallback import backend_of
+from moe_kernels.schemas import DTYPE_CODE
+from moe_kernels.testing import SAFETY, UNIT, check
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; `make gpu` runs these")
 BUILT = _build.info()["cuda"] is not None
 STAGES = (
     "route", "route_backward", "sum_scores", "sum_scores_backward", "limit_capacity", "permute", "permute_backward",
-    "unpermute", "unpermute_backward", "grouped_gemm", "fused_experts", "fused_experts_backward",
+    "unpermute", "unpermute_backward", "grouped_gemm", "grouped_gemm_backward", "fused_experts",
+    "fused_experts_backward",
 )  # fmt: skip
 
 
@@ -54,6 +63,119 @@ def test_a_build_without_cuda_says_so():
     backend, reason = backend_of("route", "cuda")
     assert backend == "reference"
     assert "no kernel of route for cuda" in reason
+
+
+ROOT = Path(__file__).resolve().parents[1]
+needs_sources = pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="an installed package carries no sources")
+
+
+@needs_sources
+def test_launchers_only_ask_and_launch():
+    """No allocation, no copy, no wait, no read of a device value: a graph captures what is left. The emulator has the
+    same functions and no others, so that a launcher that called one more would not build for it."""
+    harmless = {"cudaGetDevice", "cudaDeviceGetAttribute", "cudaFuncSetAttribute", "cudaLaunchKernelEx",
+                "cudaMemsetAsync", "cudaGetErrorString"}  # fmt: skip
+    launchers = [path for path in (ROOT / "csrc/cuda").iterdir() if path.name != "probe.cuh"]
+    bindings = [ROOT / "csrc/bindings" / name for name in ("cuda_backend.h", "queue.h", "cuda_ops.cpp")]
+    for path in (*launchers, *bindings):
+        called = set(re.findall(r"\b(cuda[A-Z]\w+)\(", re.sub(r"//.*", "", path.read_text())))
+        assert called <= harmless, path.name
+    for name in ("ops.cpp", "gemm_ops.cpp", "expert_ops.cpp", "cuda_backend.h"):  # what torch would wait for
+        text = (ROOT / "csrc/bindings" / name).read_text()
+        assert not re.search(r"\bitem\(|\.cpu\(|synchronize", text), name
+
+
+# ---- every kernel of the grouped products
+
+# E, S, N, K -> the tile that choose_config takes for it on sm_80 and sm_90, 16-bit numbers
+PRODUCTS = {(8, 40, 512, 256): "mma 16x128", (4, 1024, 1024, 512): "mma 64x128", (2, 32768, 4096, 512): "mma 128x128"}
+# kernel -> the tests of a GPU that launch it
+LAUNCHED_BY = {
+    "grouped_rows": "test_every_tile", "grouped_fma": "test_multiply_adds", "zero_rows": "test_every_tile",
+    "grouped_wgrad": "test_every_tile", "grouped_wgrad_fma": "test_multiply_adds",
+    "grouped_wgrad_add": "test_rows_in_parts", "decode_w13": "test_few_tokens", "decode_w2": "test_few_tokens",
+    "decode_w13_plain": "test_few_tokens", "decode_w2_plain": "test_few_tokens",
+    "expert_sums": "test_runs_are_bitwise_equal", "weight_gradient": "test_runs_are_bitwise_equal",
+}  # fmt: skip
+
+
+@needs_sources
+def test_every_kernel_has_a_test_on_a_gpu():
+    """A kernel that is added needs a line here, and a test below."""
+    files = [path for path in (ROOT / "csrc/cuda").iterdir() if re.match("grouped|decode|fused", path.name)]
+    found = {name for path in files for name in re.findall(r"MOE_KERNEL[^;{]*?(\w+)_kernel\(", path.read_text())}
+    assert found == set(LAUNCHED_BY)
+    assert all(test in globals() for test in LAUNCHED_BY.values())
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_the_sizes_take_every_tile(arch):
+    host = importlib.import_module("moe_kernels._host")
+    for (E, S, N, K), tile in PRODUCTS.items():
+        assert host.cuda_product(arch, E, S, N, K, DTYPE_CODE[torch.bfloat16], True)[1] == tile
+    assert host.cuda_wgrad_parts(arch, 2, 32768, 256, 128, DTYPE_CODE[torch.bfloat16], True) > 1
+
+
+def product(E, S, N, K, dtype, transposed):
+    """A grouped product with its gradients on a GPU, against float64."""
+    g = torch.Generator("cuda").manual_seed(0)
+    a, b, grad = (torch.randn(size, generator=g, device="cuda").to(dtype) for size in ((S, K), (E, K, N), (S, N)))
+    b = b.mT.contiguous().mT if transposed else b
+    offs = torch.linspace(0, S - 3, E + 1, device="cuda").int()[1:]
+    leaves = (a.requires_grad_(), b.requires_grad_())
+    out = mk.grouped_gemm(*leaves, offs)
+    grads = torch.autograd.grad(out, leaves, grad)
+    unit = 2.0**-10 if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else UNIT[torch.float32]
+    ends, begin = offs.tolist(), 0
+    for e, end in enumerate(ends):
+        rows, weight, pull = (t.detach().double() for t in (a[begin:end], b[e], grad[begin:end]))
+        for found, left, right in ((out[begin:end], rows, weight), (grads[0][begin:end], pull, weight.mT),
+                                   (grads[1][e], rows.mT, pull)):  # fmt: skip
+            truth = left @ right
+            spread = unit * math.sqrt(left.shape[1]) * (left.abs() @ right.abs()) + UNIT[dtype] * truth.abs()
+            check(found, truth, SAFETY * spread)
+        begin = end
+    assert out[ends[-1] :].eq(0).all()
+
+
+@gpu
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("sizes", PRODUCTS, ids=PRODUCTS.get)
+def test_every_tile(sizes, dtype, transposed):
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        product(*sizes, dtype, transposed)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_multiply_adds(dtype):
+    product(3, 70, 37, 21, dtype, False)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_rows_in_parts(dtype):
+    product(2, 32768, 256, 128, dtype, False)
+
+
+@gpu
+@pytest.mark.parametrize("T", [1, 8, 9, 64])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_few_tokens(T, dtype):
+    """Decode, against the same tokens among more than it takes."""
+    x, w13, w2, logits = (torch.randn(size, device="cuda").to(dtype)
+                          for size in ((80, 256), (8, 128, 256), (8, 256, 64), (80, 8)))  # fmt: skip
+    routing = mk.route(logits, 2)
+    weights, ids = routing.topk_weights, routing.topk_ids
+    few = mk.fused_experts(x[:T], w13, w2, weights[:T], ids[:T])
+    many = mk.fused_experts(x, w13, w2, weights, ids)[:T]
+    error = (few.double() - many.double()).norm() / many.double().norm()
+    assert error <= 8 * UNIT[dtype]
 
 
 @gpu

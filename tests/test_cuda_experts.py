@@ -92,6 +92,11 @@ def test_many_rows_an_expert(dtype):
     compare(SIMT, make_case(90, 72, 40, 2, 2, dtype=dtype, seed=3))
 
 
+def test_rows_in_parts():
+    """An expert of more rows than one block should sum, for the gradients of small weights."""
+    compare(SIMT, make_case(1030, 8, 8, 1, 1, dtype=torch.bfloat16))
+
+
 @pytest.mark.parametrize("name", presets.names())
 def test_every_preset_with_small_widths(name):
     preset = presets.get(name)

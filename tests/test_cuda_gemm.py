@@ -359,10 +359,7 @@ def test_expert_mlp_of_several_tiles(tile):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("tile", TILES)
 def test_no_bank_conflict_and_whole_sectors(tile, dtype):
-    """Every request to shared memory takes as few passes, every request to rows as few sectors, as its bytes need.
-
-    But for pairs of float32: eight of them are two requests of every other 16 bytes.
-    """
+    """Every request to shared memory takes as few passes, every request to rows as few sectors, as its bytes need."""
     by = TILES[tile]
     if by not in tiles_of(dtype):
         pytest.skip("the table has no tf32 kernel of this size")
@@ -370,7 +367,7 @@ def test_no_bank_conflict_and_whole_sectors(tile, dtype):
         for along_columns in (False, True):
             ends = torch.tensor([128, 160], dtype=torch.int32)
             plain(numbers(160, 64, dtype=dtype), weight(2, 256, 64, dtype, along_columns), ends, by)
-        for interleaved in (False, True) if dtype.itemsize == 2 else (False,):
+        for interleaved in (False, True):
             Mlp(dtype, gated=True, interleaved=interleaved, T=32, H=64, I=128, E=2).check(by)
     assert {r["space"] for r in records} == {"shared", "global"}
     by_id = ("row_to_slot", "topk_weights", "weight_parts", "ends[e]", "g.gather[")  # one number a row

@@ -8,7 +8,7 @@ import simt_direct as direct
 import simt_ops
 import torch
 
-from moe_kernels.schemas import acc_dtype
+from moe_kernels.schemas import DTYPE_CODE, acc_dtype
 from moe_kernels.testing import SAFETY, UNIT, check, rounding
 
 pytestmark = pytest.mark.skipif(bool(simt_ops.missing()), reason=simt_ops.missing())
@@ -302,14 +302,29 @@ def test_parts_need_memory():
     (4, 0, 128, 128, torch.bfloat16, 1),
 ])  # fmt: skip
 def test_how_many_parts(E, S, N, K, dtype, parts):
-    """Of sizes and the processors alone, which are 132 here; never of where the rows are."""
-    args = direct.make("GroupedWgradArgs", E=E, S=S, N=N, K=K, dtype=dtype, out_dtype=dtype, out_row=K, out_col=1,
-                       out_expert=N * K,
-                       n_side=direct.make("WgradSide", row_stride=N, col_stride=1),
-                       k_side=direct.make("WgradSide", row_stride=K, col_stride=1))  # fmt: skip
-    assert direct.wgrad_parts(args) == parts
-    args.parts = parts
-    assert direct.wgrad_partial_bytes(args) == (0 if parts == 1 else parts * E * N * K * 4)
+    """Of sizes and the processors alone; never of where the rows are. An H100 has 132, the emulator 4."""
+    host = pytest.importorskip("moe_kernels._host")
+    assert host.cuda_wgrad_parts(90, E, S, N, K, DTYPE_CODE[dtype], True) == parts
+    for tf32, wide in ((False, 64), (True, 128)):
+        found = host.cuda_wgrad_parts(90, 2, 2**30, 256, 128, DTYPE_CODE[torch.float32], True, tf32)
+        assert found == ceil(264, 2 * (256 // wide) * (128 // wide))
+
+
+def ceil(n, d):
+    return -(-n // d)
+
+
+def test_the_launcher_asks_the_same_function():
+    sides = {f"{side}_side": direct.make("WgradSide", row_stride=128, col_stride=1) for side in "nk"}
+    args = direct.make("GroupedWgradArgs", E=1, S=65536, N=128, K=128, dtype=torch.bfloat16, out_dtype=torch.bfloat16,
+                       out_row=128, out_col=1, out_expert=128 * 128, **sides)  # fmt: skip
+    assert direct.wgrad_parts(args) == 8  # two blocks on each of the emulator's four
+    assert direct.wgrad_partial_bytes(args) == 0
+    args.parts = 8
+    assert direct.wgrad_partial_bytes(args) == 8 * 128 * 128 * 4
+    args.dtype = args.out_dtype = DTYPE_CODE[torch.float64]
+    assert direct.wgrad_parts(args) == 2
+    assert direct.wgrad_partial_bytes(args) == 8 * 128 * 128 * 8
 
 
 # ---- addresses

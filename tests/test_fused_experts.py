@@ -19,6 +19,7 @@ OPTIONS = {
     "interleaved": {"interleaved": True, "bias": True},
     "transposed": {"transposed": True, "bias": True},
     "transposed_ungated": {"transposed": True, "gated": False},
+    "swigluoai": {"interleaved": True, "bias": True, "activation": "swigluoai"},
     "gpt_oss": {"interleaved": True, "transposed": True, "bias": True, "activation": "swigluoai"},
     "expert_map": {"expert_map": True, "bias": True},
     "absent": {"absent": True, "bias": True},

@@ -19,7 +19,7 @@ def samples(dtype=torch.float32):
     case = make_case(6, 12, 5, 4, 2, dtype=dtype, bias=True, hidden_mask=True, expert_map=True)
     weights, ids = case.topk_weights, case.topk_ids % 4
     tail = (case.w13_bias, case.w2_bias, case.expert_map, case.hidden_mask, 0, True)
-    experts = (case.x, case.w13, case.w2, weights, ids, *tail, False, False, False, 7.0, 1.702)
+    experts = (case.x, case.w13, case.w2, weights, ids, *tail, False, False, False, 7.0, 1.702, False)
     r = mk.route(logits, 2)
     p = mk.permute(case.x, r.topk_ids, 8, align=2)
     b = torch.randn(8, 12, 7, dtype=dtype)
@@ -42,19 +42,23 @@ def samples(dtype=torch.float32):
     yield "limit_capacity", (r.topk_ids, 8, 2, 4)
     yield "permute", (case.x, r.topk_ids, 8, 4)
     yield "permute_backward", (torch.randn_like(p.x_rows), p.slot_to_row, 6)
-    yield "grouped_gemm", (p.x_rows, b, p.expert_offsets[1:], None, 1)
-    yield "grouped_gemm", (p.x_rows, b, p.expert_offsets[1:], torch.randn(8, 7, dtype=dtype), 1)
-    yield "grouped_gemm", (b, b.mT, None, None, 1)
+    yield "grouped_gemm", (p.x_rows, b, p.expert_offsets[1:], None, 1, False, None)
+    yield "grouped_gemm", (p.x_rows, b, p.expert_offsets[1:], torch.randn(8, 7, dtype=dtype), 1, True, None)
+    yield "grouped_gemm", (b, b.mT, None, None, 1, False, None)
+    yield "grouped_gemm_backward", (p.x_rows, torch.randn(len(p.x_rows), 7), p.expert_offsets[1:], torch.randn_like(b),
+                                    False)  # fmt: skip
     yield "unpermute", (p.x_rows, p.slot_to_row, r.topk_weights)
     yield "unpermute_backward", (torch.randn(6, 12, dtype=dtype), p.x_rows, p.slot_to_row, r.topk_weights)
-    yield "fused_experts", (*experts, False)
+    yield "fused_experts", (*experts, None, None, False)
     full = tuple(
         None if a is case.expert_map else a for a in experts
     )  # with absent slots hidden has rows that nobody reads
-    _, hidden = OPS.fused_experts(*full, True)
-    yield "fused_experts", (*full, True)
+    _, hidden = OPS.fused_experts(*full, None, None, True)
+    yield "fused_experts", (*full, None, None, True)
     for needs in (63, 5):
-        yield "fused_experts_backward", (case.grad_y, hidden, *full, needs)
+        yield "fused_experts_backward", (case.grad_y, hidden, *full, None, None, needs)
+    main_grads = (torch.randn_like(case.w13), torch.randn_like(case.w2))
+    yield "fused_experts_backward", (case.grad_y, hidden, *full, *main_grads, 63)
     yield "pack_experts", (case.w13, case.w2, True, False, False, 2)
     yield "fused_experts_packed", (case.x, *packed, 5, weights, ids, *tail, False, 7.0, 1.702)
 

@@ -144,9 +144,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fused_experts_backwar
   if (needs >> 1 & 1) args.w13_out = weight_of(grad_w13, transposed);
   if (needs >> 2 & 1) args.w2_out = weight_of(grad_w2, transposed);
   run(mlp.x, args);
-  const Tensor nothing = empty(mlp.x, {0}, weight_type);  // what was added to a main gradient is not returned
-  if (w13_main_grad) grad_w13 = nothing;
-  if (w2_main_grad) grad_w2 = nothing;
+  if (w13_main_grad) grad_w13 = empty(mlp.x, {0}, weight_type);  // added to the main gradient, not returned
+  if (w2_main_grad) grad_w2 = empty(mlp.x, {0}, weight_type);
   return {grad_x, grad_w13, grad_w2, to_type(grad_weights, topk_weights.scalar_type()), grad_b13, grad_b2};
 }
 

@@ -40,14 +40,22 @@ py::tuple panel_way(int64_t row_stride, int64_t col_stride, bool padded, int64_t
 }
 
 /// Which row of the CUDA table computes a grouped product: the rows that refuse it and why, and the row taken.
-py::tuple cuda_product(int arch, int64_t E, int64_t S, int64_t N, int64_t K, int dtype, bool in_16_bytes) {
+py::tuple cuda_product(int arch, int64_t E, int64_t S, int64_t N, int64_t K, int dtype, bool in_16_bytes,
+                       bool allow_tf32) {
   using namespace moe::cuda;
-  const ProductShape shape{E, S, N, K, moe::DType(dtype), false, in_16_bytes};
+  const ProductShape shape{E, S, N, K, moe::DType(dtype), allow_tf32, in_16_bytes};
   const Processor on = processor_of(arch);
   std::vector<std::pair<std::string, std::string>> refused;
   for (const TileRow& row : kTileRows)
     if (const char* why = refusal(row, shape, on)) refused.emplace_back(row.name, why);
   return py::make_tuple(refused, kTileRows[choose_config(shape, on)].name);
+}
+
+/// Into how many parts the rows of an expert are cut for a gradient [E, N, K] of weights.
+int64_t cuda_wgrad_parts(int arch, int64_t E, int64_t S, int64_t N, int64_t K, int dtype, bool in_16_bytes,
+                         bool allow_tf32) {
+  using namespace moe::cuda;
+  return wgrad_parts({E, S, N, K, moe::DType(dtype), allow_tf32, in_16_bytes}, processor_of(arch));
 }
 
 }  // namespace
@@ -66,7 +74,10 @@ PYBIND11_MODULE(_host, m) {
         py::arg("rows"), py::arg("halves"));
   m.def("cuda_product", &cuda_product, "(refused, row) of a grouped product on an architecture such as 90.",
         py::arg("arch"), py::arg("E"), py::arg("S"), py::arg("N"), py::arg("K"), py::arg("dtype"),
-        py::arg("in_16_bytes"));
+        py::arg("in_16_bytes"), py::arg("allow_tf32") = false);
+  m.def("cuda_wgrad_parts", &cuda_wgrad_parts, "The parts of an expert's rows in a gradient of weights.",
+        py::arg("arch"), py::arg("E"), py::arg("S"), py::arg("N"), py::arg("K"), py::arg("dtype"),
+        py::arg("in_16_bytes"), py::arg("allow_tf32") = false);
   m.def("multiply_add_rate", &multiply_add_rate, "Operations a second of a loop of multiply-adds on registers.",
         py::arg("threads"), py::arg("float64"), py::arg("steps"), py::call_guard<py::gil_scoped_release>());
   m.def(

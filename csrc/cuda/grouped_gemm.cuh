@@ -35,6 +35,8 @@ template <class T_, int kRow> struct Tile {
   static constexpr int elements = slice / int(sizeof(T));  // of the sum in a slice
   static constexpr int steps = slice / 32, step_elements = elements / steps;
   static constexpr int m16 = warp_rows / 16, n8 = warp_columns / 8;
+  // Steps whose operands registers hold: one is multiplied while the next comes. 64 x 64 sums leave f32 room for one.
+  static constexpr int buffers = sizeof(T) == 4 && m16 * n8 >= 32 ? 1 : 2;
   static_assert(stages >= 3 && steps % 2 == 0 && n8 % 2 == 0 && (slice == 64 || slice == 128));
 };
 
@@ -194,37 +196,42 @@ template <class S, bool kAlongColumns> struct Reader {
       b = S::a_bytes + along_sum<S::slice>(column + lane / 16 * 8 + lane % 8, lane / 8 % 2);
     } else if constexpr (sizeof(T) == 2) {  // B: k 0-7 and 8-15 of columns 0-7, then of columns 8-15
       b = S::a_bytes + along_columns<T, S::columns>(lane % 16, column / 8 + lane / 16);
-    } else {  // one element a lane: k = lane % 4, column = lane / 4
-      b = S::a_bytes + along_columns<T, S::columns>(lane % 4, column / 4 + lane / 16) + lane / 4 % 4 * 4;
+    } else {  // four columns a lane, one for each of four products (stage_fours): k = lane % 4
+      b = S::a_bytes + along_columns<T, S::columns>(lane % 4, column / 4 + lane / 4);
     }
   }
 
   MOE_DEVICE void read(Operands<S>& to, uint32_t stage, int step) const {
-    // Bits 4 to 6 of an address are those that the swizzle exchanges; the stage begins at a multiple of 128.
-    const uint32_t from_a = (stage + a) ^ uint32_t(step * 32);
+    const uint32_t from_a = address(stage, a, step * 32);
 #pragma unroll
     for (int m = 0; m < S::m16; ++m) ldmatrix_x4(to.a[m], from_a + uint32_t(m * 16 * S::slice));
     if constexpr (!kAlongColumns) {
-      const uint32_t from_b = (stage + b) ^ uint32_t(step * 32);
+      const uint32_t from_b = address(stage, b, step * 32);
 #pragma unroll
       for (int n = 0; n < S::n8; n += 2) put(to, n, from_b + uint32_t(n * 8 * S::slice), false);
     } else if constexpr (sizeof(T) == 2) {
-      const uint32_t from_b = stage + b + uint32_t(step * S::step_elements * S::columns * 2);
+      const uint32_t from_b = stage + uint32_t(step * S::step_elements * S::columns * 2);
 #pragma unroll
-      for (int n = 0; n < S::n8; n += 2) put(to, n, from_b ^ uint32_t(n * 16), true);
+      for (int n = 0; n < S::n8; n += 2) put(to, n, address(from_b, b, n * 16), true);
     } else {
       const uint32_t from_b = stage + b + uint32_t(step * S::step_elements * S::columns * 4);
 #pragma unroll
-      for (int n = 0; n < S::n8; ++n) {
-        const uint32_t from = (from_b ^ uint32_t(n % 4 * 32)) + uint32_t(n / 4 * 128);
-        to.b[n][0] = ld_shared(from);
-        to.b[n][1] = ld_shared(from + 4 * S::columns * 4);
-      }
+      for (int n = 0; n < S::n8; n += 4)
+#pragma unroll
+        for (int far = 0; far < 2; ++far) {
+          const uint4 four = ld_shared_v4(from_b + uint32_t(n * 32 + far * 4 * S::columns * 4));
+          to.b[n][far] = four.x, to.b[n + 1][far] = four.y, to.b[n + 2][far] = four.z, to.b[n + 3][far] = four.w;
+        }
     }
     if constexpr (sizeof(T) == 4) round(to);
   }
 
  private:
+  /// Bits 4 to 6 of an address are those that the swizzle exchanges; a stage begins at a multiple of 128. Added last,
+  /// it leaves the rest the same from slice to slice, but f32 has no registers to keep that in.
+  static MOE_DEVICE uint32_t address(uint32_t stage, uint32_t at, int bits) {
+    return sizeof(T) == 4 ? (stage + at) ^ uint32_t(bits) : stage + (at ^ uint32_t(bits));
+  }
   static MOE_DEVICE void put(Operands<S>& to, int n, uint32_t from, bool transposed) {
     uint32_t four[4];
     if (transposed) ldmatrix_x4_trans(four, from);
@@ -272,43 +279,33 @@ template <class S, bool kAlongColumns> MOE_DEVICE void multiply(const GroupedRow
   }
   cp_async_wait_group<S::stages - 2>();
   __syncthreads();
-  Operands<S> x[2];
+  Operands<S> x[S::buffers];
   reader.read(x[0], shared, 0);
   uint32_t read = shared, write = shared + (S::stages - 1) * S::stage_bytes;
   const uint32_t ring_end = shared + S::stages * S::stage_bytes;
   for (int s = 0; s < slices; ++s) {
 #pragma unroll
     for (int step = 0; step < S::steps; ++step) {
+      if constexpr (S::buffers == 1) multiply_step<S>(x[0], sum);
       if (step == S::steps - 1) {  // the next slice is there, and no warp reads the one before this any more
         cp_async_wait_group<S::stages - 2>();
         __syncthreads();
         read = read + S::stage_bytes == ring_end ? shared : read + S::stage_bytes;
-        if (s + 1 < slices) reader.read(x[(step + 1) % 2], read, 0);
+        if (s + 1 < slices) reader.read(x[(step + 1) % S::buffers], read, 0);
       } else {
-        reader.read(x[(step + 1) % 2], read, step + 1);
+        reader.read(x[(step + 1) % S::buffers], read, step + 1);
       }
       if (step == 0) {
         if (s + S::stages - 1 < slices) copy(write);
         cp_async_commit_group();
         write = write + S::stage_bytes == ring_end ? shared : write + S::stage_bytes;
       }
-      multiply_step<S>(x[step % 2], sum);
+      if constexpr (S::buffers == 2) multiply_step<S>(x[step % 2], sum);
     }
   }
 }
 
 // ---------------------------------------------------------------- the epilogue
-
-/// A warp's 16 rows of sums in shared memory, as the accumulators hold them: row lane / 4 (+ 8), columns 2 (lane % 4).
-template <class S> MOE_DEVICE void stage_sums(uint32_t to, int lane, const float (&sum)[S::n8][4]) {
-  constexpr uint32_t stride = S::staging_stride;
-  to += lane / 4 * stride + lane % 4 * 8;
-#pragma unroll
-  for (int n = 0; n < S::n8; ++n) {
-    st_shared_v2(to + n * 32, make_uint2(__float_as_uint(sum[n][0]), __float_as_uint(sum[n][1])));
-    st_shared_v2(to + 8 * stride + n * 32, make_uint2(__float_as_uint(sum[n][2]), __float_as_uint(sum[n][3])));
-  }
-}
 
 MOE_DEVICE void load_four(uint32_t from, float (&v)[4]) {
   const uint4 raw = ld_shared_v4(from);
@@ -316,6 +313,18 @@ MOE_DEVICE void load_four(uint32_t from, float (&v)[4]) {
   v[2] = __uint_as_float(raw.z), v[3] = __uint_as_float(raw.w);
 }
 
+MOE_DEVICE void load_columns_of(uint32_t from, float (&v)[4]) { load_four(from, v); }
+MOE_DEVICE void load_columns_of(uint32_t from, float (&v)[2]) {
+  const uint2 raw = ld_shared_v2(from);
+  v[0] = __uint_as_float(raw.x), v[1] = __uint_as_float(raw.y);
+}
+
+/// Two units' gates and ups.
+MOE_DEVICE void load_pairs(uint32_t from, int, float (&gate)[2], float (&up)[2]) {
+  float four[4];
+  load_four(from, four);
+  gate[0] = four[0], up[0] = four[1], gate[1] = four[2], up[1] = four[3];
+}
 /// Four units' gates and ups from eight sums side by side. Half of the lanes begin with the second four, so that eight
 /// lanes read from different banks.
 MOE_DEVICE void load_pairs(uint32_t from, int lane, float (&gate)[4], float (&up)[4]) {
@@ -330,20 +339,22 @@ MOE_DEVICE void load_pairs(uint32_t from, int lane, float (&gate)[4], float (&up
   }
 }
 
-/// Sixteen rows of a warp, from shared memory to where they belong. A lane has four columns (or units) of a row.
+/// Sixteen rows of a warp, from shared memory to where they belong. A lane has four columns (or units) of a row; of
+/// f32 two, so that pairs of gate and up are one request of whole sectors.
 template <class S> MOE_DEVICE void finish_rows(const GroupedRows& g, const OutputTile& tile, uint32_t from,
                                                int64_t first_row, int warp_n, int lane) {
   using T = typename S::T;
   constexpr uint32_t stride = S::staging_stride;
+  constexpr int V = sizeof(T) == 4 ? 2 : 4;
   const RowsEpilogue& p = g.epilogue;
   const bool paired = p.kind == Epilogue::activation && p.gated;
   const int width = paired ? S::warp_columns / 2 : S::warp_columns;  // columns or units of a row
-  const int lanes = width / 4, rows_at_once = kWarp / lanes;
+  const int lanes = width / V, rows_at_once = kWarp / lanes;
   const int64_t limit = paired ? g.N / 2 : g.N;
   const int64_t column = (int64_t(tile.column_tile) * S::columns + warp_n * S::warp_columns) / (paired ? 2 : 1);
-  const int own = lane % lanes * 4, turn = lane / lanes;
-  // Where eight lanes read two rows, these are two apart: 16 banks.
-  const int row_in_turn = lanes == 4 ? (turn & 4) | (turn & 1) << 1 | (turn & 2) >> 1 : turn;
+  const int own = lane % lanes * V, turn = lane / lanes;
+  // Where the lanes of a pass, 32 / V of them, read two rows, these are two apart: 16 banks.
+  const int row_in_turn = lanes == 16 / V ? (turn & 4) | (turn & 1) << 1 | (turn & 2) >> 1 : turn;
 #pragma unroll 1
   for (int base = 0; base < 16; base += rows_at_once) {
     const int64_t r = first_row + base + row_in_turn, n = column + own;
@@ -352,26 +363,27 @@ template <class S> MOE_DEVICE void finish_rows(const GroupedRows& g, const Outpu
     float share = 0;
     if (inside) {
       const EpilogueRow<float> row = epilogue_row<float>(p, r, tile.expert);
-      float sum[4], up[4] = {};
+      float sum[V], up[V] = {};
       if (paired && p.interleaved) {
         load_pairs(at + uint32_t(own * 8), lane, sum, up);
       } else {
-        load_four(at + uint32_t(own * 4), sum);
-        if (paired) load_four(at + uint32_t((width + own) * 4), up);
+        load_columns_of(at + uint32_t(own * 4), sum);
+        if (paired) load_columns_of(at + uint32_t((width + own) * 4), up);
       }
-      if (p.kind == Epilogue::plain) finish_plain<T, 4>(p, row, g.N, n, sum);
-      else if (p.kind == Epilogue::activation) finish_activation<T, 4>(p, row, limit, n, sum, up);
-      else share = finish_backward<T, 4>(p, row, limit, n, sum);
+      if (p.kind == Epilogue::plain) finish_plain<T, V>(p, row, g.N, n, sum);
+      else if (p.kind == Epilogue::activation) finish_activation<T, V>(p, row, limit, n, sum, up);
+      else share = finish_backward<T, V>(p, row, limit, n, sum);
     }
     if (p.kind != Epilogue::activation_backward || !p.weight_parts) continue;
 #pragma unroll
-    for (int other = S::warp_columns / 8; other > 0; other /= 2) share += __shfl_xor_sync(kFullWarp, share, other);
+    for (int other = S::warp_columns / (2 * V); other > 0; other /= 2)
+      share += __shfl_xor_sync(kFullWarp, share, other);
     if (inside && own == 0) static_cast<float*>(p.weight_parts)[column / S::warp_columns * g.S + r] = share;
   }
 }
 
-template <class S> MOE_DEVICE void finish_tile(const GroupedRows& g, const OutputTile& tile, uint32_t shared,
-                                               const Sums<S>& sum) {
+template <class S, bool kAlongColumns> MOE_DEVICE void finish_tile(const GroupedRows& g, const OutputTile& tile,
+                                                                   uint32_t shared, const Sums<S>& sum) {
   const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
   const int warp_m = warp % S::warps_m, warp_n = warp / S::warps_m;
   const uint32_t staging = shared + uint32_t(warp * 16 * S::staging_stride);
@@ -380,7 +392,11 @@ template <class S> MOE_DEVICE void finish_tile(const GroupedRows& g, const Outpu
     // One copy of the code behind, though registers have no index.
 #pragma unroll
     for (int i = 0; i < S::m16; ++i)
-      if (i == m) stage_sums<S>(staging, lane, sum[i]);
+      if (i == m) {
+        if constexpr (kAlongColumns && sizeof(typename S::T) == 4)
+          stage_fours(staging, S::staging_stride, lane, sum[i]);
+        else stage_pairs(staging, S::staging_stride, lane, sum[i]);
+      }
     __syncwarp();
     finish_rows<S>(g, tile, staging, tile.row + warp_m * S::warp_rows + m * 16, warp_n, lane);
     __syncwarp();
@@ -397,7 +413,7 @@ template <class T, int kRow, bool kAlongColumns> MOE_KERNEL __launch_bounds__(kT
   const uint32_t shared = cvta_to_shared(memory);
   float sum[S::m16][S::n8][4] = {};
   if (g.K > 0) multiply<S, kAlongColumns>(g, tile, shared, sum);
-  finish_tile<S>(g, tile, shared, sum);
+  finish_tile<S, kAlongColumns>(g, tile, shared, sum);
 }
 
 }  // namespace moe::cuda

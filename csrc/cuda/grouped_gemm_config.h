@@ -153,4 +153,20 @@ constexpr int choose_config(const ProductShape& p, const Processor& on) {
   return best;
 }
 
+// Columns of a tile of a weight gradient on tensor cores and with multiply-adds, and the rows that a part of an expert
+// has at least: fewer do not pay for adding the parts up.
+constexpr int kWgradWidth = 128, kWgradFmaWidth = 64;
+constexpr int64_t kWgradLeastRows = 512;
+
+/// Into how many parts the rows of every expert are cut for the gradients [E, N, K] of weights: so many that two blocks
+/// a multiprocessor have a tile each, if the rows were spread evenly.
+constexpr int64_t wgrad_parts(const ProductShape& p, const Processor& on) {
+  const bool mma = p.in_16_bytes && p.dtype != DType::f64 && (p.dtype != DType::f32 || p.allow_tf32);
+  const int64_t width = mma ? kWgradWidth : kWgradFmaWidth, room = 2 * on.count;
+  const int64_t tiles = p.E * ceil_of(p.N, width) * ceil_of(p.K, width);
+  if (tiles == 0 || tiles >= room) return 1;
+  const int64_t wanted = ceil_of(room, tiles), most = p.S / p.E / kWgradLeastRows;
+  return most < 1 ? 1 : most < wanted ? most : wanted;
+}
+
 }  // namespace moe::cuda

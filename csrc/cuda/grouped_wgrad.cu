@@ -61,10 +61,9 @@ int64_t grouped_wgrad_parts(const GroupedWgradArgs& args) {
   int device = 0, count = 0;
   if (cudaGetDevice(&device) != cudaSuccess) return 1;
   if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return 1;
-  const int64_t tiles = tiles_of(args, grouped_wgrad_uses_mma(args) ? WgradTile<bf16>::kWidth : kWgradFmaWidth);
-  if (tiles == 0 || tiles >= 2 * count) return 1;  // two blocks fit on a multiprocessor
-  const int64_t room = (2 * count + tiles - 1) / tiles, rows = args.S / args.E / kWgradLeastRows;
-  return std::max<int64_t>(1, std::min(room, rows));
+  Processor on{};
+  on.count = count;
+  return wgrad_parts({args.E, args.S, args.N, args.K, args.dtype, args.allow_tf32, grouped_wgrad_uses_mma(args)}, on);
 }
 
 int64_t grouped_wgrad_partial_bytes(const GroupedWgradArgs& args) {

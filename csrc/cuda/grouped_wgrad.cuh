@@ -11,13 +11,14 @@
 #pragma once
 #include "element.cuh"
 #include "expert_rows.cuh"
+#include "grouped_gemm_config.h"
 #include "grouped_wgrad.h"
 #include "mma_tile.cuh"
 
 namespace moe::cuda {
 
 template <class T> struct WgradTile {
-  static constexpr int kWidth = 128, kThreads = 128, kStages = 4, kWarpWidth = 64;
+  static constexpr int kWidth = kWgradWidth, kThreads = 128, kStages = 4, kWarpWidth = 64;
   static constexpr int kDepth = 64 / int(sizeof(T));  // rows of a stage
   static constexpr int kChunks = kWidth * int(sizeof(T)) / kChunk;
   static constexpr int kRowsAtOnce = kThreads / kChunks;  // that the block copies
@@ -80,7 +81,7 @@ struct WgradFragments { uint32_t left[4][4], right[8][2]; };
 
 /// Lane addresses are set up once; a load adds only what the compiler knows. f32 has no ldmatrix that turns: a lane
 /// reads four neighbouring columns of a row at once, and these four go to four products, each of which takes every
-/// fourth column of 32. row_of and stage_sums
+/// fourth column of 32. row_of and stage_fours
 /// know which column of either side a sum then belongs to.
 template <class T> struct WgradLoads {
   using Tile = WgradTile<T>;
@@ -143,33 +144,6 @@ template <class T> MOE_DEVICE void multiply(WgradSums& sum, const WgradFragments
     }
 }
 
-/// Sixteen rows of sums to shared memory, so that column k of the right side stands at k.
-template <class T, int kPitch> MOE_DEVICE void stage_sums(uint32_t to, int lane, const float (&sum)[8][4]) {
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const uint32_t row = to + (lane / 4 + 8 * half) * kPitch * 4;
-    if constexpr (sizeof(T) == 2) {
-#pragma unroll
-      for (int j = 0; j < 8; ++j)
-        st_shared_v2(row + (j * 8 + lane % 4 * 2) * 4,
-                     make_uint2(__float_as_uint(sum[j][2 * half]), __float_as_uint(sum[j][2 * half + 1])));
-    } else {
-      const bool turned = lane / 4 % 2;  // the second of its columns first: so eight lanes meet 32 banks
-#pragma unroll
-      for (int v = 0; v < 4; ++v) {
-        uint32_t four[4];
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const float one = sum[v / 2 * 4 + j][2 * half + v % 2], other = sum[v / 2 * 4 + j][2 * half + 1 - v % 2];
-          four[j] = __float_as_uint(turned ? other : one);
-        }
-        const int column = v / 2 * 32 + (lane % 4 * 2 + (turned ? 1 - v % 2 : v % 2)) * 4;
-        st_shared_v4(row + column * 4, make_uint4(four[0], four[1], four[2], four[3]));
-      }
-    }
-  }
-}
-
 /// A warp writes its 64 x 64 sums, 16 rows at a time through its slice of shared memory, 16 bytes a lane. Element
 /// (n, k) goes to out + n * row + k.
 template <class T, class O>
@@ -180,7 +154,8 @@ MOE_DEVICE void store_sums(const WgradSums& sum, uint32_t slice, O* out, int64_t
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     __syncwarp();
-    stage_sums<T, pitch>(slice, lane, sum[i]);
+    if constexpr (sizeof(T) == 4) stage_fours(slice, pitch * 4, lane, sum[i]);
+    else stage_pairs(slice, pitch * 4, lane, sum[i]);
     __syncwarp();
     for (int v = lane; v < 16 * vectors; v += kWarp) {
       const int from = v / vectors, n = WgradLoads<T>::row_of(i, from), k = v % vectors * each;
@@ -293,7 +268,6 @@ MOE_KERNEL __launch_bounds__(128, 2) grouped_wgrad_kernel(GroupedWgradArgs args,
 }
 
 constexpr int kAddThreads = 256;
-constexpr int64_t kWgradLeastRows = 512;  // of an expert in a part: 16 stages; fewer do not pay for adding them up
 
 /// out (+)= the parts in order, an element a thread, as args.out lies after the sides were exchanged.
 template <class O, class A> MOE_DEVICE void add_parts(const GroupedWgradArgs& args, int64_t e) {
@@ -320,7 +294,7 @@ template <class A> MOE_KERNEL __launch_bounds__(kAddThreads) grouped_wgrad_add_k
   }
 }
 
-constexpr int kWgradFmaWidth = 64, kWgradFmaDepth = 16, kWgradFmaThreads = 256;
+constexpr int kWgradFmaDepth = 16, kWgradFmaThreads = 256;
 
 /// One side of 16 rows from `row` on, in acc, zeros past the ends. Consecutive threads take what lies side by side.
 template <class T> MOE_DEVICE void load_side(acc_t<T>* tile, const WgradSide& side, int32_t row, int32_t end,

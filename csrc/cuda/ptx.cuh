@@ -41,6 +41,14 @@ MOE_DEVICE void st_shared_v2(uint32_t address, uint2 v) {
            asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(v.x), "r"(v.y) : "memory"));
 }
 
+/// ld.shared.v2.u32 (Data Movement: ld). `address` is a multiple of 8.
+MOE_DEVICE uint2 ld_shared_v2(uint32_t address) {
+  uint2 v;
+  MOE_TWIN(simt::ld_shared(&v, address, 8),
+           asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address) : "memory"));
+  return v;
+}
+
 /// ld.shared.u32 (Data Movement: ld). `address` is a multiple of 4.
 MOE_DEVICE uint32_t ld_shared(uint32_t address) {
   uint32_t v;
