@@ -4,6 +4,8 @@
 #include "comm/communicator.h"
 
 #include <dlfcn.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <chrono>
@@ -66,9 +68,9 @@ char byte_of(int from, int to, int64_t i, int seed) { return char((i * 31 + from
 /// What an exchange that failed may still touch.
 void keep(Bytes buffer) {
   static std::mutex mutex;
-  static std::vector<Bytes> kept;
+  static auto* kept = new std::vector<Bytes>;  // for ever: a stream may run until the very end
   std::lock_guard<std::mutex> lock(mutex);
-  kept.push_back(std::move(buffer));
+  kept->push_back(std::move(buffer));
 }
 
 /// One exchange by a table [from][to] of bytes; buffers live as long as this does.
@@ -117,11 +119,14 @@ void check_bytes(int world) {
   });
 }
 
+template <class Function> Function own(const char* name) {
+  return reinterpret_cast<Function>(dlsym(dlopen(standin.c_str(), RTLD_NOW), name));
+}
+
 /// A stream that joins an exchange goes on only after it; one that it was told of first, before it.
 void check_events() {
   constexpr int W = 2, rounds = 20;
-  auto add = reinterpret_cast<void (*)(double*, int64_t, double, int64_t, void*)>(
-      dlsym(dlopen(standin.c_str(), RTLD_NOW), "standin_add"));
+  const auto add = own<void (*)(double*, int64_t, double, int64_t, void*)>("standin_add");
   const UniqueId id = fresh_id();
   ranks(W, [&](int rank) {
     auto comm = Communicator::connect(api(), W, rank, id, 0, 20.0);
@@ -212,6 +217,38 @@ void check_faults() {
   });
 }
 
+/// A forked child is refused, and letting go there touches nothing.
+void check_fork() {
+#ifndef __SANITIZE_THREAD__  // it cannot follow a fork beside threads
+  auto comm = Communicator::connect(api(), 1, 0, fresh_id(), 0, 20.0);
+  const pid_t child = fork();
+  if (child == 0) {
+    const std::string text = said([&] { Run(comm, even(1, 8), 0); }) + said([&] { comm->abort(); });
+    comm.reset();
+    const bool both = text.find("all_to_all in a process forked") == text.find("all_to_all") &&
+                      text.find("abort in a process forked") != std::string::npos;
+    _exit(both ? 7 : 8);
+  }
+  int status = 0;
+  waitpid(child, &status, 0);
+  expect(WIFEXITED(status) && WEXITSTATUS(status) == 7, "fork: the child was not refused");
+  Run(comm, even(1, 100), 1).check("fork: the parent");
+#endif
+}
+
+/// Everything that was made is let go of, in any order.
+void check_nothing_is_left() {
+  const auto alive = own<int (*)()>("standin_alive");
+  const int before = alive();
+  for (int i = 0; i < 6; ++i) {
+    auto comm = Communicator::connect(api(), 1, 0, fresh_id(), 0, 20.0);
+    Run(comm, even(1, 10), i).check("to be let go of");
+    if (i % 3 == 0) comm->close();
+    if (i % 3 == 1) comm->abort();
+  }
+  expect(alive() == before, "left: ", alive() - before, " communicators, streams or events");
+}
+
 /// Threads take turns; work keeps its communicator; an abort ends what is in flight, on all ranks.
 void check_lives() {
   auto comm = Communicator::connect(api(), 1, 0, fresh_id(), 0, 20.0);
@@ -257,6 +294,8 @@ int main(int count, char** words) {
   for (int world : {1, 2, 3}) check_bytes(world);
   check_events();
   check_arguments();
+  check_nothing_is_left();
+  check_fork();
   check_faults();
   check_lives();
   std::cout << (checks::failures() ? "FAILED\n" : "ok\n");
