@@ -29,24 +29,43 @@ _made: Counter[tuple[int, ...]] = Counter()
 
 
 class Exchange:
-    """One all-to-all under way. Keeps both buffers until the rows are asked for."""
+    """One all-to-all under way. Keeps both buffers until the rows have come, or the current stream waits for them."""
 
     def __init__(self, work: Any, sent: Tensor, came: Tensor) -> None:
-        self._work, self._sent, self._came = work, sent, came
+        self._work, self._sent, self._came, self._settled = work, sent, came, False
+        _abandoned[:] = [left for left in _abandoned if not _over(left[0])]
 
     def done(self) -> bool:
         """Whether the rows have come. RuntimeError if the communicator failed."""
-        return bool(self._work.done())
+        self._settled = self._settled or bool(self._work.done())
+        return self._settled
 
     def wait(self, timeout: float) -> Tensor:
         """The rows, after waiting for them on the host. RuntimeError after so many seconds."""
         self._work.wait(timeout)
+        self._settled = True
         return self._came
 
     def rows(self) -> Tensor:
         """The rows, for work on the current stream, which waits for them."""
         self._work.join(_stream(self._came))
+        self._settled = True
         return self._came
+
+    def __del__(self) -> None:
+        if not self._settled and not _over(self._work):
+            _abandoned.append((self._work, self._sent, self._came))
+
+
+_abandoned: list[tuple[Any, Tensor, Tensor]] = []
+"""exchanges that nobody waits for and that have not come to an end: their memory is nobody else's yet"""
+
+
+def _over(work: Any) -> bool:
+    try:
+        return bool(work.done())
+    except RuntimeError:  # it failed, or this is a forked child: what is left of it may still write
+        return False
 
 
 class NcclMissingError(RuntimeError):

@@ -111,6 +111,7 @@ struct Comm {
   std::atomic<int> error{kSuccess};
   std::string why;
 };
+std::atomic<int> alive{0};  // communicators, streams and events that nobody has ended yet
 thread_local int depth = 0;
 thread_local Comm* group_comm = nullptr;
 thread_local void* group_stream = nullptr;
@@ -216,6 +217,7 @@ int ncclCommInitRankConfig(Comm** made, int world, Id id, int rank, void* config
   close(file);
   if (memory == MAP_FAILED) return kSystem;
   Comm* comm = *made = new Comm;
+  ++alive;
   comm->shared = static_cast<Segment*>(memory);  // zeros: nobody joined, nothing sent
   comm->name = id.bytes;
   comm->rank = rank;
@@ -274,22 +276,24 @@ int ncclCommFinalize(Comm* comm) {
 int ncclCommDestroy(Comm* comm) {
   if (comm == nullptr || comm->ended || !comm->closing) return kUsage;
   comm->ended = true;
+  --alive;
   return kSuccess;
 }
 int ncclCommAbort(Comm* comm) {
   if (comm == nullptr || comm->ended) return kArgument;
   std::this_thread::sleep_for(std::chrono::duration<double>(fault(comm->rank, "stuck")));
   comm->ended = true;  // its memory stays: a use after the end is told from one before
+  --alive;
   shm_unlink(comm->name.c_str());
   return kSuccess;
 }
 
 int cudaSetDevice(int device) { return device == 0 ? kSuccess : 101; }
 const char* cudaGetErrorString(int code) { return code == 101 ? "invalid device ordinal" : "error"; }
-int cudaStreamCreateWithFlags(void** made, unsigned) { return *made = new Stream, kSuccess; }
-int cudaStreamDestroy(void*) { return kSuccess; }
-int cudaEventCreateWithFlags(void** made, unsigned) { return *made = new Event, kSuccess; }
-int cudaEventDestroy(void* event) { return delete static_cast<Event*>(event), kSuccess; }
+int cudaStreamCreateWithFlags(void** made, unsigned) { return ++alive, *made = new Stream, kSuccess; }
+int cudaStreamDestroy(void*) { return --alive, kSuccess; }
+int cudaEventCreateWithFlags(void** made, unsigned) { return ++alive, *made = new Event, kSuccess; }
+int cudaEventDestroy(void* event) { return --alive, delete static_cast<Event*>(event), kSuccess; }
 int cudaEventRecord(void* event, void* stream) {
   auto marks = static_cast<Event*>(event)->marks;
   const int64_t mark = ++marks->asked;
@@ -312,6 +316,8 @@ int cudaMemcpyAsync(void* to, const void* from, size_t bytes, int, void* stream)
   stream_of(stream).add([=] { std::memmove(to, from, bytes); });
   return kSuccess;
 }
+
+int standin_alive() { return alive; }
 
 /// Work of the test's own on a stream: adds `value` to `count` doubles, after so many microseconds.
 void standin_add(double* data, int64_t count, double value, int64_t microseconds, void* stream) {

@@ -5,7 +5,8 @@ layer.py    the module: settings, placement, parameters      rows.py       a row
 engine.py   one forward: chunks, order, what goes where      header.py     the record that opens an exchange
 hops.py     which rows go to which rank, and their sum       link.py       a private group with deadlines
 slots.py    the same with a static capacity                  heartbeat.py  who is alive
-journey.py  there and back, for autograd                     faults.py     MoECommError
+journey.py  there and back, for autograd                     carrier.py    what carries rows: csrc/comm, or torch
+faults.py   MoECommError                                     torchtitan.py where torchtitan lets others move tokens
 """
 
 from .faults import MoECommError
