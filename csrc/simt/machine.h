@@ -51,6 +51,7 @@ struct Copy {
   uint32_t bytes, read;
   const void* site;
   bool copied = false, landed = false;
+  Record pledged{};  // what its landing counts as, if an mbarrier was told of it first
 };
 using CopyRef = std::shared_ptr<Copy>;
 

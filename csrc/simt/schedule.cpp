@@ -134,6 +134,14 @@ void check_block_end(const Block& block) {
       note_fault("async", "the block ended with a cp.async of " + who(thread) + " that nobody waited for", left->site);
     }
   }
+  const auto waited = [](const Thread& thread) { return thread.grid_waited; };
+  if (machine.config.programmatic && std::none_of(block.threads.begin(), block.threads.end(), waited)) {
+    note_fault("grid",
+               format("block (%u,%u,%u) of a dependent launch ended without griddepcontrol.wait: the kernel after this "
+                      "one could overtake the one before",
+                      block.index.x, block.index.y, block.index.z),
+               block.threads.front().site);
+  }
   for (const auto& [id, barrier] : block.barriers) {
     if (barrier.arrived != 0) {
       note_fault(
