@@ -63,6 +63,8 @@ void reset_shared_memory(Block& block) {
   block.shared = reinterpret_cast<uint8_t*>((begin + 127) / 256 * 256 + 128);  // 128-byte aligned, never 256
   block.cells.clear();
   block.cells.resize((bytes + 3) / 4);
+  block.chunks.clear();
+  block.chunks.resize((bytes + kChunkBytes - 1) / kChunkBytes);
 }
 
 // The blocks of a cluster start one after another.
