@@ -135,7 +135,7 @@ def test_address_audit_pairs_the_lanes_of_a_round(audit, stride, served):
 
 
 def test_assembly_stands_in_one_file_and_has_a_twin():
-    """Every asm statement is in a ptx*.cuh, beside what the emulator does instead; no kernel has static shared memory."""
+    """Every asm statement is in a ptx*.cuh, beside its emulated twin; no kernel has static shared memory."""
     cuda = SIMT.parents[1] / "csrc/cuda"
     files = ("ptx.cuh", "ptx_sm90.cuh")
     for file in [*cuda.glob("*.cuh"), *cuda.glob("*.cu"), *cuda.glob("*.h")]:
