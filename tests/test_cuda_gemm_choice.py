@@ -25,12 +25,12 @@ PROCESSORS = {
     100: (148, 227, 228, 1280, 40),
     120: (170, 99, 100, 512, 24),
 }
-# name: rows, columns, stages, products of 64 rows in a tile, whether consumers alternate, blocks of a cluster
+# name: rows, columns, stages, whether consumers alternate, blocks of a cluster
 WGMMA = {
-    "wgmma 2x128x256": (128, 256, 4, 2, False, 2),
-    "wgmma 128x256": (128, 256, 4, 2, False, 1),
-    "wgmma 128x128": (128, 128, 6, 2, True, 1),
-    "wgmma 64x256": (64, 256, 5, 1, True, 1),
+    "wgmma 2x128x256": (128, 256, 4, False, 2),
+    "wgmma 128x256": (128, 256, 4, False, 1),
+    "wgmma 2x64x256": (64, 256, 5, True, 2),
+    "wgmma 64x256": (64, 256, 5, True, 1),
 }
 WGMMA_RATE = 2048  # multiply-adds a clock: 64x256x16 in 128 clocks
 BF16, F32, F64 = 2, 1, 0  # codes of the dtypes
@@ -61,11 +61,13 @@ def clocks(tile, arch, E, S, N, K):
 
 def wgmma_clocks(tile, E, S, N, K):
     """The same by wgmma, on sm_90: slices of 128 bytes, one block a multiprocessor."""
-    rows, columns, _, m64, ping_pong, cluster = WGMMA[tile]
+    rows, columns, _, ping_pong, cluster = WGMMA[tile]
     count, _, _, _, cache = PROCESSORS[90]
     busy = min(E, S)
     rounds = ceil(busy * ceil(ceil(S, busy), rows * cluster) * cluster * ceil(N, columns), count)
-    of_slice = max(rows * columns * 64 // WGMMA_RATE, m64 * (64 + columns), (rows + columns // cluster) * 128 // cache)
+    of_slice = max(
+        rows * columns * 64 // WGMMA_RATE, rows // 64 * (64 + columns), (rows + columns // cluster) * 128 // cache
+    )
     slices, once = ceil(2 * K, 128) * of_slice, 1000 + rows * columns // 8
     return rounds * max(slices, (slices + once + 1) // 2) + once if ping_pong else rounds * (slices + once)
 
@@ -101,7 +103,7 @@ def test_the_model_of_every_preset(arch):
                 seen.add(taken)
     assert "fma" not in seen
     if arch == 90:
-        assert {"mma 16x128", "wgmma 2x128x256", "wgmma 128x128", "wgmma 64x256"} <= seen, seen
+        assert {"mma 16x128", *WGMMA} <= seen, seen
     else:
         assert {"mma 16x128", "mma 64x128", "mma 128x128"} <= seen
 
@@ -126,7 +128,7 @@ def test_why_wgmma_is_refused():
         assert {tile: refused[tile] for tile in WGMMA} == dict.fromkeys(
             WGMMA, "wgmma is sm_90's, in a build for sm_90a"
         )
-    for K, dtype, why in ((7168, F32, "float32 is summed"), (0, BF16, "the sum is empty")):
+    for K, dtype, why in ((7168, F32, "16-bit types"), (0, BF16, "the sum is empty")):
         refused = dict(host.cuda_product(90, 8, 65536, 4096, K, dtype, True)[0])
         assert all(why in refused[tile] for tile in WGMMA), refused
 

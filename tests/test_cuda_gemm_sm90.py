@@ -156,11 +156,18 @@ def test_expert_mlp(tile, form):
     Mlp(HALVES[index // 2 % 2], **FORMS[form], along_columns=index % 2 == 1).check(TILES[tile])
 
 
-@pytest.mark.parametrize("tile", ["128x256", "128x128"])
+@pytest.mark.parametrize("tile", ["128x256", "2x64x256"])
 def test_expert_mlp_of_several_tiles(tile):
-    """Units that fill no tile and no half of one: I = 136 is 2 tiles of units or 3, and as many parts of 256 or 128."""
+    """Units that fill no tile and no half of one: I = 136 is 2 tiles of units and a part, I = 264 two."""
     for form in ("gated", "interleaved"):
-        Mlp(torch.bfloat16, **FORMS[form], along_columns=form == "gated", T=70, I=136, H=16).check(TILES[tile])
+        Mlp(
+            torch.bfloat16,
+            **FORMS[form],
+            along_columns=form == "gated",
+            T=70,
+            I=264 if form == "interleaved" else 136,
+            H=16,
+        ).check(TILES[tile])
 
 
 # ---- end to end: every grouped product of fused_experts, of the layer and of models by one tile
@@ -239,7 +246,7 @@ def test_refusals(monkeypatch):
     for arch in ("80", "89", "100", "120"):
         monkeypatch.setenv(simt_ops.ARCH, arch)
         with pytest.raises(RuntimeError, match="invalid argument"):
-            plain(a, b, ends, TILES["128x128"])
+            plain(a, b, ends, TILES["64x256"])
 
 
 def test_what_a_tensor_map_holds():
