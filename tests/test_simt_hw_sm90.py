@@ -150,6 +150,60 @@ def test_tiles_loaded_as_the_library_loads_them(probe):
             assert got[offset] == source((batch * size[1] + outer) * size[0] + inner), (tile["major"], i)
 
 
+@pytest.mark.skipif("MOE_KERNELS_PROBE_SM90" in os.environ, reason="the driver's own checks are not ours to test")
+def test_limits_of_tensor_maps(probe):
+    """Every limit of the table is taken, and nothing beyond it."""
+    limits = table("limits")["tma"]
+    size_max, stride_max = 1 << limits["global_dim_max_log2"], 1 << limits["global_stride_max_log2"]
+    box_max, inner = limits["max_box_dim"], limits["inner_box_bytes_multiple"]
+    align, multiple, step_max = (
+        limits[k] for k in ("global_address_align", "global_stride_multiple", "element_stride_max")
+    )
+
+    def words(*, off=0, sizes=(64, 64), strides=(128,), boxes=(64, 64), steps=(1, 1), swizzle=3):
+        return [9, len(sizes), off, *sizes, *strides, *boxes, *steps, swizzle]
+
+    rank = limits["max_rank"]
+    taken = [
+        words(),
+        words(off=align),
+        words(sizes=(size_max, 1)),
+        words(strides=(stride_max - multiple,)),
+        words(boxes=(64, box_max)),
+        words(boxes=(inner // 2, 64), swizzle=0),
+        words(steps=(1, step_max)),
+        words(sizes=(64,) * rank, strides=(128,) * (rank - 1), boxes=(8,) * rank, steps=(1,) * rank),
+    ]
+    refused = [
+        words(off=align // 2),
+        words(sizes=(size_max + 1, 1)),
+        words(sizes=(0, 64)),
+        words(strides=(stride_max,)),
+        words(strides=(128 + multiple // 2,)),
+        words(boxes=(64, box_max + 1)),
+        words(boxes=(64, 0)),
+        words(boxes=(inner // 2 + 1, 64), swizzle=0),
+        words(boxes=(72, 64)),  # 144 bytes under a swizzle of 128
+        words(boxes=(40, 64), swizzle=2),
+        words(boxes=(24, 64), swizzle=1),
+        words(steps=(1, step_max + 1)),
+        words(steps=(1, 0)),
+        words(sizes=(64,) * (rank + 1), strides=(128,) * rank, boxes=(8,) * (rank + 1), steps=(1,) * (rank + 1)),
+    ]
+    said = run(probe, "encode", [word for case in (*taken, *refused) for word in case]).split()
+    assert said == ["1"] * len(taken) + ["0"] * len(refused)
+
+
+def test_limits_of_a_block():
+    """Shared memory of a block, and the registers of the table's example: 384 threads at 168, 40 + 2 x 232 fit."""
+    limits, source = table("limits"), (SIMT.parents[1] / "csrc/simt/schedule.cpp").read_text()
+    assert f"kLargestShared = {limits['smem_per_block_optin']['90']};" in source
+    pool = limits["register_pool_example"]
+    assert (pool["threads"], pool["regs_at_launch"]) == (384, limits["register_file_per_sm"] // 384 // 8 * 8)
+    correct = (SIMT / "rules_sm90.cu").read_text()  # that it runs and 48 + 2 x 232 does not: test_simt_sm90.py
+    assert f"setmaxnreg_dec<{pool['dec']}>" in correct and f"setmaxnreg_inc<{pool['inc']}>" in correct
+
+
 def test_a_misread_descriptor_shows(probe):
     """The check of the descriptors can fail: leading and stride offset exchanged."""
     for tile, offsets in tiles_with_layout():

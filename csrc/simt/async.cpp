@@ -20,7 +20,8 @@ void land(Thread& owner, Copy& copy) {
   copy.landed = true;
   if (copy.read != 0 && running == &owner) recheck_global_read(owner, copy.global, copy.read, copy.site);
   for (uint32_t at = copy.shared; at < copy.shared + copy.bytes; at += 4) {
-    owner.block->cells[at / 4].land(record_now(owner, Access::write, 0xf, copy.site));
+    const Record now = record_now(owner, Access::write, 0xf, copy.site);
+    owner.block->cells[at / 4].land(copy.pledged.bytes != 0 ? copy.pledged : now);
   }
 }
 

@@ -53,9 +53,10 @@ uint8_t* remote_word(uint32_t address, Access kind, const char* what, const void
   Block& block = block_of_address(address, what, site);
   const uint32_t offset = offset_in_block(address);
   if (uint64_t(offset) + 4 > machine.config.shared_bytes || offset % 4 != 0) {
-    fault("bounds", format("%s at byte %d of a block's %u bytes of shared memory", what, int(offset),
-                           machine.config.shared_bytes),
-          site);
+    fault(
+        "bounds",
+        format("%s at byte %d of a block's %u bytes of shared memory", what, int(offset), machine.config.shared_bytes),
+        site);
   }
   touch_shared_of(block, {block.shared + offset, 4, kind, site});
   note_remote(block, site);

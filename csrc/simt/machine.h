@@ -51,15 +51,16 @@ struct Copy {
   uint32_t bytes, read;
   const void* site;
   bool copied = false, landed = false;
+  Record pledged{};  // what its landing counts as, if an mbarrier was told of it first
 };
 using CopyRef = std::shared_ptr<Copy>;
 
 /// Local memory of a thread that stands for registers of wgmma.
 struct Registers {
   uintptr_t begin, end;
-  int flying = 0;        // products that have not been waited for
-  bool fenced = true;    // not touched by anything else since the last wgmma.fence
-  const void* site;      // of the last product
+  int flying = 0;      // products that have not been waited for
+  bool fenced = true;  // not touched by anything else since the last wgmma.fence
+  const void* site;    // of the last product
 };
 /// A product of a warpgroup, and a bulk store: see wgmma.cpp and tma.cpp.
 struct MatrixProduct;
@@ -92,14 +93,14 @@ struct Thread {
   std::vector<CopyRef> copies;              // issued, not committed
   std::deque<std::vector<CopyRef>> groups;  // committed, not waited for
   std::vector<Registers> registers;
-  std::vector<MatrixProductRef> products;                   // issued, not committed
+  std::vector<MatrixProductRef> products;                    // issued, not committed
   std::deque<std::vector<MatrixProductRef>> product_groups;  // committed, not waited for
-  bool wgmma_fenced = false;                          // ever
-  BulkGroup stores;                                   // issued, not committed
-  std::deque<BulkGroup> store_groups;                 // committed, not waited for
-  std::vector<uint32_t> proxy_fences[2];              // own count at each fence, of global and of shared memory
-  ClockRef proxy_fenced[2];                           // what it knew at the last one
-  uint32_t cluster_phase = 0;                         // of the cluster's barrier, at which it has arrived
+  bool wgmma_fenced = false;                                 // ever
+  BulkGroup stores;                                          // issued, not committed
+  std::deque<BulkGroup> store_groups;                        // committed, not waited for
+  std::vector<uint32_t> proxy_fences[2];                     // own count at each fence, of global and of shared memory
+  ClockRef proxy_fenced[2];                                  // what it knew at the last one
+  uint32_t cluster_phase = 0;                                // of the cluster's barrier, at which it has arrived
   bool cluster_arrived = false;
   bool in_hook = false;
   bool grid_waited = false;  // griddepcontrol.wait
@@ -187,7 +188,8 @@ struct Block {
   uint32_t alive = 0;
   std::vector<uint8_t> arena;  // guard, dynamic shared memory, guard
   uint8_t* shared = nullptr;
-  std::vector<Cell> cells;  // of shared memory
+  std::vector<Cell> cells;    // of shared memory
+  std::vector<Chunk> chunks;  // of the same
   std::map<int, BlockBarrier> barriers;
   std::map<uint32_t, MBarrier> mbarriers;  // by shared offset
   std::vector<int> reduced;                // result of the last reducing barrier, one a thread
@@ -276,10 +278,16 @@ void touch_shared_of(Block& block, const Touch& access);
 /// Host pointer of a shared-window address; a fault if [address, address + bytes) is not in this block's memory.
 uint8_t* shared_pointer(uint32_t address, uint32_t bytes, uint32_t alignment, const char* what);
 uint32_t shared_offset(uint32_t address);
+void begin_global_epoch(bool programmatic);
+
+// ---------------------------------------------------------------- buffers.cpp
 /// The host, or a copy, has written [p, p + bytes).
 void mark_written(const void* p, size_t bytes);
-void begin_global_epoch(bool programmatic);
 std::string name_of_address(uintptr_t address);
+const char* verb(Access kind);
+/// Faults unless it lies in registered memory that holds values. True if it lies in the module's constants or the
+/// kernel's parameters: then there is nothing to race.
+bool check_bounds(const Touch& access, uintptr_t address);
 
 /// The race check alone, for an asynchronous read that may happen until now.
 void recheck_global_read(const Thread& thread, const void* p, uint32_t bytes, const void* site);

@@ -153,6 +153,9 @@ void cp_async_mbarrier_arrive_noinc(uint32_t bar) {
   std::vector<CopyRef> before = thread.copies;
   for (const auto& group : thread.groups) before.insert(before.end(), group.begin(), group.end());
   const Record landed = record_now(thread, Access::write, 0xf, site);
+  for (const CopyRef& copy : before) {
+    if (copy->pledged.bytes == 0) copy->pledged = landed;
+  }
   const SnapshotRef then = snapshot(thread);
   const uint32_t offset = shared_offset(bar);
   const auto finish = [&block, before, landed, then, offset, bar, site] {

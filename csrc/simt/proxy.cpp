@@ -91,7 +91,7 @@ Record begin_async(Block& block, AgentKind kind, uint32_t of, const void* site) 
   const uint16_t index = agent_index(block, kind, of);
   Agent& agent = block.agents[index - block.threads.size()];
   agent.site = site;
-  return {++agent.clock, block.serial, site, index, 0, Access::read};
+  return {++agent.clock, block.serial, site, index, 0, Access::read, true};
 }
 
 void learn(Thread& thread, uint16_t agent, uint32_t clock) {
@@ -136,9 +136,10 @@ void check_async_end(const Block& block) {
     const Agent& agent = block.agents[i];
     if (agent.kind != AgentKind::load) continue;
     if (anyone_knows(block, uint16_t(block.threads.size() + i), agent.clock)) continue;
-    note_fault("async", format("the block ended with a TMA load for the mbarrier at shared +0x%x that nobody had waited "
-                               "for",
-                               agent.of),
+    note_fault("async",
+               format("the block ended with a TMA load for the mbarrier at shared +0x%x that nobody had waited "
+                      "for",
+                      agent.of),
                agent.site);
   }
   for (const auto& [offset, barrier] : block.mbarriers) {

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Accesses through the asynchronous proxy: TMA and wgmma. Each is made by an agent of its block that is no thread: one a
-// warpgroup (its wgmma), one an mbarrier (the loads that complete there), two a thread that stores (what its bulk groups
-// read, what they write). Agents come behind the threads in the clocks; the operations of one agent end in order.
+// Accesses through the asynchronous proxy: TMA and wgmma. Each is made by an agent of its block that is no thread: one
+// a warpgroup (its wgmma), one an mbarrier (the loads that complete there), two a thread that stores (what its bulk
+// groups read, what they write). Agents come behind the threads in the clocks; the operations of one agent end in
+// order.
 #pragma once
 #include "machine.h"
 
@@ -11,7 +12,8 @@ namespace moe::simt {
 class Issuer : public Observer {
  public:
   /// Has a write through the generic proxy, ordered before this, been followed by the fence that shows it to the
-  /// asynchronous proxy? Either its writer fenced and the issuers know of that, or each issuer fenced knowing the write.
+  /// asynchronous proxy? Either its writer fenced and the issuers know of that, or each issuer fenced knowing the
+  /// write.
   virtual bool fenced(const Record& write, bool shared) const = 0;
   virtual ~Issuer() = default;
 };

@@ -48,8 +48,7 @@ std::vector<std::string> levels(const void* site) {
     const std::string& line = lines[i];
     const bool ours = line.find("/simt/cuda_names.h") != std::string::npos ||
                       line.find("csrc/simt/") != std::string::npos || line.find("ptx.cuh") != std::string::npos ||
-                      line.find("ptx_sm90.cuh") != std::string::npos ||
-                      line.find("/include/c++/") != std::string::npos;
+                      line.find("ptx_sm90.cuh") != std::string::npos || line.find("/include/c++/") != std::string::npos;
     if (ours) continue;
     const size_t extra = line.find(" (discriminator");
     result.push_back(line.substr(0, extra));

@@ -63,6 +63,8 @@ void reset_shared_memory(Block& block) {
   block.shared = reinterpret_cast<uint8_t*>((begin + 127) / 256 * 256 + 128);  // 128-byte aligned, never 256
   block.cells.clear();
   block.cells.resize((bytes + 3) / 4);
+  block.chunks.clear();
+  block.chunks.resize((bytes + kChunkBytes - 1) / kChunkBytes);
 }
 
 // The blocks of a cluster start one after another.
@@ -133,6 +135,14 @@ void check_block_end(const Block& block) {
     if (left != nullptr) {
       note_fault("async", "the block ended with a cp.async of " + who(thread) + " that nobody waited for", left->site);
     }
+  }
+  const auto waited = [](const Thread& thread) { return thread.grid_waited; };
+  if (machine.config.programmatic && std::none_of(block.threads.begin(), block.threads.end(), waited)) {
+    note_fault("grid",
+               format("block (%u,%u,%u) of a dependent launch ended without griddepcontrol.wait: the kernel after this "
+                      "one could overtake the one before",
+                      block.index.x, block.index.y, block.index.z),
+               block.threads.front().site);
   }
   for (const auto& [id, barrier] : block.barriers) {
     if (barrier.arrived != 0) {

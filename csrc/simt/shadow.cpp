@@ -26,10 +26,12 @@ bool Cell::find_conflict(const Record& now, const Observer& observer, Record& ea
     }
   }
   if (more_ == nullptr) return false;
-  for (const Record& record : more_->writes) {
-    if (races(now, record, observer)) {
-      earlier = record;
-      return true;
+  for (const auto* records : {&more_->writes, &more_->reads}) {
+    for (const Record& record : *records) {
+      if (races(now, record, observer)) {
+        earlier = record;
+        return true;
+      }
     }
   }
   for (const Crowd& crowd : more_->crowds) {
@@ -64,7 +66,9 @@ void Cell::keep_write(const Record& now) {
     auto& crowds = more_->crowds;
     crowds.erase(std::remove_if(crowds.begin(), crowds.end(), [&](const Crowd& c) { return covered(c.common); }),
                  crowds.end());
-    if (partial.empty() && crowds.empty()) more_.reset();
+    auto& reads = more_->reads;
+    reads.erase(std::remove_if(reads.begin(), reads.end(), covered), reads.end());
+    if (partial.empty() && crowds.empty() && reads.empty()) more_.reset();
   }
   write_ = now;
 }
@@ -77,6 +81,15 @@ void Cell::keep_other(const Record& now, const Observer& observer) {
     return;
   }
   if (more_ == nullptr) more_ = std::make_unique<More>();
+  if (now.async && now.kind == Access::read) {
+    for (Record& read : more_->reads) {
+      if (read.block != now.block || read.agent != now.agent || (read.bytes & ~now.bytes) != 0) continue;
+      read = now;
+      return;
+    }
+    more_->reads.push_back(now);
+    return;
+  }
   auto& crowds = more_->crowds;
   auto crowd = std::find_if(crowds.begin(), crowds.end(), [&](const Crowd& c) { return same_crowd(c.common, now); });
   if (crowd == crowds.end()) {
@@ -98,6 +111,45 @@ bool Cell::access(const Record& now, const Observer& observer, Record& earlier) 
   } else {
     keep_other(now, observer);
   }
+  return true;
+}
+
+void Cell::forget() {
+  write_.bytes = other_.bytes = 0;
+  more_.reset();
+}
+
+bool Chunk::find_conflict(const Record& now, const Observer& observer, Record& earlier) const {
+  const auto found = [&](const Record& record) {
+    if (!races(now, record, observer)) return false;
+    earlier = record;
+    return true;
+  };
+  if (found(write_)) return true;
+  if (!writes(now.kind)) return false;
+  if (std::any_of(reads_, reads_ + kReads, found)) return true;
+  return more_ != nullptr && std::any_of(more_->begin(), more_->end(), found);
+}
+
+bool Chunk::access(const Record& now, const Observer& observer, Record& earlier) {
+  if (find_conflict(now, observer, earlier)) return false;
+  if (writes(now.kind)) {  // all that went before is ordered before it
+    write_ = now;
+    for (Record& read : reads_) read.bytes = 0;
+    more_.reset();
+    written = true;
+    return true;
+  }
+  for (Record& read : reads_) {
+    if (read.bytes != 0 && (read.block != now.block || read.agent != now.agent)) continue;
+    read = now;
+    return true;
+  }
+  if (more_ == nullptr) more_ = std::make_unique<std::vector<Record>>();
+  const auto same = [&](const Record& read) { return read.block == now.block && read.agent == now.agent; };
+  const auto mine = std::find_if(more_->begin(), more_->end(), same);
+  if (mine != more_->end()) *mine = now;
+  else more_->push_back(now);
   return true;
 }
 

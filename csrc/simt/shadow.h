@@ -14,6 +14,8 @@ inline bool is_atomic(Access a) { return a == Access::atomic_read || a == Access
 /// Two unordered accesses race unless both only read or both are atomic.
 inline bool conflict(Access a, Access b) { return (writes(a) || writes(b)) && !(is_atomic(a) && is_atomic(b)); }
 
+constexpr uint32_t kChunkBytes = 16;
+
 struct Record {
   uint32_t clock = 0;  // of the agent, at the access
   uint32_t block = 0;  // serial number
@@ -21,6 +23,7 @@ struct Record {
   uint16_t agent = 0;  // thread of the block, or one of its asynchronous agents
   uint8_t bytes = 0;   // bit i: byte i of the cell; 0 = no record
   Access kind = Access::read;
+  bool async = false;  // by an agent that is no thread
 };
 
 /// Is `earlier` ordered before whatever the observer does now?
@@ -42,6 +45,10 @@ class Cell {
   /// The asynchronous copy that was issued by `landed.agent` counts as a write from now on.
   void land(const Record& landed);
   const Record& last_write() const { return write_; }
+  /// Does `now` race with what is recorded?
+  bool find_conflict(const Record& now, const Observer& observer, Record& earlier) const;
+  /// All that is recorded is ordered before a write that somebody else records.
+  void forget();
 
  private:
   // Many agents that did the same kind of access to the same bytes, unordered: the last of each.
@@ -53,13 +60,29 @@ class Cell {
   struct More {
     std::vector<Record> writes;  // of parts of the cell
     std::vector<Crowd> crowds;
+    std::vector<Record> reads;  // by asynchronous agents of many blocks, the last of each
   };
   Record write_, other_;
   std::unique_ptr<More> more_;
 
-  bool find_conflict(const Record& now, const Observer& observer, Record& earlier) const;
   void keep_write(const Record& now);
   void keep_other(const Record& now, const Observer& observer);
+};
+
+/// 16 bytes of shared memory as TMA and wgmma access them, always all at once. What threads do is in the cells.
+class Chunk {
+ public:
+  bool by_threads = false;  // the cells have records that this does not know
+  bool written = false;
+
+  /// Records an asynchronous access. Returns false, with the other side in `earlier`, if it races with another one.
+  bool access(const Record& now, const Observer& observer, Record& earlier);
+  bool find_conflict(const Record& now, const Observer& observer, Record& earlier) const;
+
+ private:
+  static constexpr int kReads = 3;  // of different agents; more are rare
+  Record write_, reads_[kReads];
+  std::unique_ptr<std::vector<Record>> more_;
 };
 
 /// Calls f(first byte, mask of the bytes) for the cells of [address, address + bytes).

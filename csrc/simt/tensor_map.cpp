@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The stand-in for the driver's cuTensorMapEncodeTiled: the same limits (tests/golden/hw/limits.json), another encoding.
+// The stand-in for the driver's cuTensorMapEncodeTiled: the same limits (tests/golden/hw/limits.json), another
+// encoding.
 #include "tensor_map.h"
 
 #include <cstring>

@@ -13,7 +13,7 @@ struct EncodedMap {
   uint64_t strides[kMapRank - 1];  // bytes, of dimensions 1 ...
   uint64_t last[kMapRank];         // index of each dimension
   uint16_t box[kMapRank];
-  uint8_t type, rank, swizzle;     // CUtensorMapDataType; bytes of the swizzle's span
+  uint8_t type, rank, swizzle;  // CUtensorMapDataType; bytes of the swizzle's span
   uint8_t step[kMapRank];
 };
 static_assert(sizeof(EncodedMap) <= 128);

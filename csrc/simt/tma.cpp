@@ -205,8 +205,7 @@ void issue_store(const void* map, const int32_t* at, int rank, uint32_t shared, 
     case Landing::early: return land_store(*store);
     case Landing::late: return;
     case Landing::random:
-      machine.events.push_back(
-          {machine.step + machine.random.below(1024), &block, [store] { land_store(*store); }});
+      machine.events.push_back({machine.step + machine.random.below(1024), &block, [store] { land_store(*store); }});
   }
 }
 

@@ -39,8 +39,8 @@ void do_setmaxnreg(uint32_t number, void** arguments) {
   const auto wanted = uint32_t(request.registers);
   if (request.increase ? wanted < warpgroup.registers : wanted > warpgroup.registers) {
     fault("setmaxnreg",
-          format("%s %u registers in a warpgroup that has %u a thread", request.increase ? ".inc to" : ".dec to", wanted,
-                 warpgroup.registers),
+          format("%s %u registers in a warpgroup that has %u a thread", request.increase ? ".inc to" : ".dec to",
+                 wanted, warpgroup.registers),
           request.site);
   }
   const uint32_t pool = launch_registers(uint32_t(block.threads.size())) * uint32_t(block.threads.size());

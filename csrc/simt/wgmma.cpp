@@ -84,10 +84,10 @@ template <class F> void for_chunks(const Operand& operand, F f) {
   for (uint32_t chunk = 0; chunk < operand.mn / 8; ++chunk) {
     for (uint32_t k = 0; k < 16; ++k) {
       f(chunk, k,
-        at.span == 0 ? at.start + chunk * at.sbo + k / 8 * at.lbo + k % 8 * kChunk
-                     : swizzled(at.start + chunk / wide * at.lbo + k / 8 * at.sbo + k % 8 * at.span +
-                                    chunk % wide * kChunk,
-                                at.span));
+        at.span == 0
+            ? at.start + chunk * at.sbo + k / 8 * at.lbo + k % 8 * kChunk
+            : swizzled(at.start + chunk / wide * at.lbo + k / 8 * at.sbo + k % 8 * at.span + chunk % wide * kChunk,
+                       at.span));
     }
   }
 }
@@ -154,7 +154,8 @@ void read_operand(const MatrixProduct& p, const Operand& operand, std::vector<do
   });
 }
 
-// The fragment of mma.sync: 16-bit row g + 8 (v / 2 % 2), k = 2 t + v % 2 + 8 (v / 4); tf32 g + 8 (v % 2), t + 4 (v / 2).
+// The fragment of mma.sync: 16-bit row g + 8 (v / 2 % 2), k = 2 t + v % 2 + 8 (v / 4); tf32 g + 8 (v % 2), t + 4 (v /
+// 2).
 void read_registers(const MatrixProduct& p, std::vector<double>& values) {
   const bool tf32 = p.type == Wgmma::tf32;
   values.resize(size_t(depth(p.type)) * kRows);
@@ -214,11 +215,10 @@ Registers& registers_at(Thread& thread, const void* p, size_t bytes) {
   auto& all = thread.registers;
   const auto same = [&](const Registers& r) { return r.begin == begin && r.end == begin + bytes; };
   if (const auto found = std::find_if(all.begin(), all.end(), same); found != all.end()) return *found;
-  all.erase(std::remove_if(all.begin(), all.end(),
-                           [&](const Registers& r) {
-                             return r.flying == 0 && r.begin < begin + bytes && begin < r.end;
-                           }),
-            all.end());
+  all.erase(
+      std::remove_if(all.begin(), all.end(),
+                     [&](const Registers& r) { return r.flying == 0 && r.begin < begin + bytes && begin < r.end; }),
+      all.end());
   all.push_back({begin, begin + bytes, 0, thread.wgmma_fenced, nullptr});
   return all.back();
 }

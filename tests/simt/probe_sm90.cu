@@ -4,6 +4,7 @@
 //   probe_sm90 a_registers    128 x 4 words in; {"d": [128 x 8]}
 //   probe_sm90 descriptors    tiles in, see tests/test_simt_hw_sm90.py; a line for every wrong element, then how many
 //   probe_sm90 boxes          maps in; a line of elements for each
+//   probe_sm90 encode         maps in; 1 for each that cuTensorMapEncodeTiled takes, else 0 (on the emulator alone)
 #include <cinttypes>
 #include <iostream>
 
@@ -184,6 +185,27 @@ int boxes() {
   return 0;
 }
 
+// A map: type, rank, bytes by which its base is off, sizes, strides, boxes, steps, swizzle as the driver numbers it.
+int encode() {
+#ifdef MOE_SIMT
+  for (int type; std::cin >> type;) {
+    const auto rank = read<uint32_t>(1)[0];
+    const auto off = read<uintptr_t>(1)[0];
+    const auto size = read<cuuint64_t>(rank), strides = read<cuuint64_t>(rank == 0 ? 0 : rank - 1);
+    const auto box = read<cuuint32_t>(rank), step = read<cuuint32_t>(rank);
+    CUtensorMap map;
+    const CUresult result = cuTensorMapEncodeTiled(
+        &map, CUtensorMapDataType(type), rank, reinterpret_cast<void*>(uintptr_t(1) << 20 | off), size.data(),
+        strides.data(), box.data(), step.data(), CU_TENSOR_MAP_INTERLEAVE_NONE, CUtensorMapSwizzle(read<int>(1)[0]),
+        CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    std::printf("%d\n", result == CUDA_SUCCESS);
+  }
+  return 0;
+#else
+  return 2;
+#endif
+}
+
 }  // namespace
 
 int main(int count, char** words) {
@@ -197,6 +219,7 @@ int main(int count, char** words) {
   if (kind == "a_registers") return a_registers();
   if (kind == "descriptors") return descriptors();
   if (kind == "boxes") return boxes();
+  if (kind == "encode") return encode();
   std::fprintf(stderr, "probe_sm90 accumulators | a_registers | descriptors | boxes\n");
   return 2;
 }
