@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Grouped products by TMA and wgmma, run on the emulator as an sm_90 device: tiles, forms, epilogues, against float64."""
+"""Grouped products by TMA and wgmma, on the emulator as an sm_90 device: tiles, forms, epilogues, against float64."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import math
 import pytest
 import simt_direct
 import simt_ops
+import test_fused_experts as bodies
 import torch
 from test_cuda_gemm import FORMS, ROWS, Mlp, bound, expert_of, numbers, plain, product_of, run, weight
+from test_fused_experts import OPTIONS, compare
 
-from moe_kernels.testing import check
+from moe_kernels.testing import check, make_case
 
 pytestmark = pytest.mark.skipif(bool(simt_ops.missing()), reason=simt_ops.missing())
 
@@ -154,11 +156,73 @@ def test_expert_mlp(tile, form):
     Mlp(HALVES[index // 2 % 2], **FORMS[form], along_columns=index % 2 == 1).check(TILES[tile])
 
 
-@pytest.mark.parametrize("tile", ["128x256", "128x128"])
+@pytest.mark.parametrize("tile", ["128x256", "2x64x256"])
 def test_expert_mlp_of_several_tiles(tile):
-    """Units that fill no tile and no half of one: I = 136 is 2 tiles of units or 3, and as many parts of 256 or 128."""
+    """Units that fill no tile and no half of one: I = 136 is 2 tiles of units and a part, I = 264 two."""
     for form in ("gated", "interleaved"):
-        Mlp(torch.bfloat16, **FORMS[form], along_columns=form == "gated", T=70, I=136, H=16).check(TILES[tile])
+        Mlp(
+            torch.bfloat16,
+            **FORMS[form],
+            along_columns=form == "gated",
+            T=70,
+            I=264 if form == "interleaved" else 136,
+            H=16,
+        ).check(TILES[tile])
+
+
+# ---- end to end: every grouped product of fused_experts, of the layer and of models by one tile
+
+
+@pytest.fixture(params=TILES)
+def by_tile(request, monkeypatch):
+    monkeypatch.setenv(simt_ops.ROW, str(TILES[request.param]))
+
+
+def on_wgmma(records):
+    return any("grouped_gemm_sm90" in record["site"] for record in records)
+
+
+@pytest.mark.parametrize("option", ["plain", "everything"])
+def test_fused_experts(by_tile, option):
+    with simt_ops.audit() as records:
+        compare(simt_ops.BACKEND, make_case(13, 64, 48, 8, 2, dtype=torch.bfloat16, **OPTIONS[option]))
+    assert on_wgmma(records)
+
+
+@pytest.mark.parametrize("tile", ["2x128x256", "64x256"])
+@pytest.mark.parametrize("skew", ["uniform", "zipf", "one", "empty"])
+def test_skew(monkeypatch, tile, skew):
+    monkeypatch.setenv(simt_ops.ROW, str(TILES[tile]))
+    for T in (1, 37):
+        compare(simt_ops.BACKEND, make_case(T, 24, 16, 8, 2, dtype=torch.bfloat16, skew=skew))
+
+
+def test_no_tokens(by_tile):
+    bodies.test_no_tokens(simt_ops.BACKEND)
+
+
+def test_ids_that_name_no_expert(by_tile):
+    bodies.test_all_ids_absent(simt_ops.BACKEND)
+    bodies.test_absent_slots_are_never_multiplied(simt_ops.BACKEND)
+
+
+def test_strides(by_tile):
+    bodies.test_strides(simt_ops.BACKEND, torch.bfloat16, True)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+def test_a_replaced_model(monkeypatch, family):
+    """Logits, loss and every gradient of a tiny model in bfloat16, within the bound that test_hf_models measures."""
+    pytest.importorskip("transformers")
+    import test_hf_models
+
+    monkeypatch.setenv(simt_ops.ROW, str(TILES["64x256"]))
+    monkeypatch.setitem(test_hf_models.WORDS, "intermediate_size", 24)  # rows of whole 16 bytes
+    monkeypatch.setitem(test_hf_models.WORDS, "moe_intermediate_size", 16)
+    model = test_hf_models.build(family).bfloat16()
+    with simt_ops.patched(), simt_ops.audit() as records:
+        assert test_hf_models.compare(model, torch.bfloat16) <= 1.0
+    assert on_wgmma(records)
 
 
 # ---- what is refused
@@ -174,16 +238,15 @@ def test_refusals(monkeypatch):
         "rows that are not aligned": (numbers(5, 33, dtype=torch.bfloat16)[:, 1:], b),
         "every expert the same weight": (a, b[:1].expand(2, 24, 32)),
     }
-    for name, (x, w) in cases.items():
+    for x, w in cases.values():
         plain(x, w, ends, -1)
         for by in TILES.values():
             with pytest.raises(RuntimeError, match="invalid argument"):
                 plain(x, w, ends, by)
-                pytest.fail(name)
     for arch in ("80", "89", "100", "120"):
         monkeypatch.setenv(simt_ops.ARCH, arch)
         with pytest.raises(RuntimeError, match="invalid argument"):
-            plain(a, b, ends, TILES["128x128"])
+            plain(a, b, ends, TILES["64x256"])
 
 
 def test_what_a_tensor_map_holds():

@@ -29,15 +29,13 @@ template <class T_, int kRow, bool kGather_, bool kAcross_> struct WgmmaTile {
   static constexpr bool gather = kGather_, across = kAcross_;  // rows of a by their slots; b across the sum
   static constexpr int rows = row.rows, columns = row.columns, stages = row.stages, cluster = row.cluster;
   static constexpr int threads = row.threads(), a_bytes = rows * kSliceBytes, b_bytes = columns * kSliceBytes;
-  static constexpr int m64 = row.ping_pong ? rows / 64 : rows / 128;  // products of 64 rows of a consumer
   static constexpr int producer_registers = gather ? 56 : 40, consumer_registers = gather ? 224 : 232;
   static constexpr int lag = 2;  // slices of a that fly while the producer starts the next one
   using RingOf = Ring<stages, a_bytes + b_bytes>;
   using Place = typename RingOf::Place;
-  static_assert(stages >= lag + 1 && rows % 64 == 0 && columns % 128 == 0 && row.slice == kSliceBytes);
-  static_assert(cluster == 1 || !row.ping_pong);
+  static_assert(stages >= lag + 1 && rows == (row.ping_pong ? 64 : 128) && row.slice == kSliceBytes);
 };
-template <class S> using TileSums = float[S::m64][S::columns / 2];
+template <class S> using TileSums = float[S::columns / 2];  // 64 rows of a consumer
 
 /// The two tensor maps of a product; a's is not read where rows are gathered.
 struct RowsMaps { TensorMap a, b; };
@@ -214,11 +212,9 @@ template <class S> MOE_DEVICE void multiply_slice(const Operand& a, const Operan
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < kSliceElements / kStepElements; ++step)
-#pragma unroll
-    for (int m = 0; m < S::m64; ++m)
-      wgmma<typename S::T, S::columns, 0, S::across>(
-          sum[m], a.moved(step * kStepBytes<false> + m * 64 * kSliceBytes).word(),
-          b.moved(step * kStepBytes<S::across>).word(), accumulate || step > 0);
+    wgmma<typename S::T, S::columns, 0, S::across>(sum, a.moved(step * kStepBytes<false>).word(),
+                                                   b.moved(step * kStepBytes<S::across>).word(),
+                                                   accumulate || step > 0);
   wgmma_commit_group();
 }
 
@@ -243,8 +239,7 @@ template <class S> MOE_DEVICE void multiply(const typename S::RingOf& ring, type
 template <class S> MOE_DEVICE void end_products(const typename S::RingOf& ring, typename S::Place& place, int lane,
                                                 TileSums<S>& sum) {
   wgmma_wait_group<0>();
-#pragma unroll
-  for (int m = 0; m < S::m64; ++m) wgmma_fence_operands(sum[m]);
+  wgmma_fence_operands(sum);
   release<S>(ring, place, lane);
   place.next();
 }
@@ -288,17 +283,17 @@ template <class S> MOE_DEVICE void take(const TileSums<S>& sum, int set, int gro
   constexpr int groups = S::columns / 32;
   // Registers have no index: one of these copies happens, and the fence keeps the compiler from making one of them.
 #pragma unroll
-  for (int x = 0; x < 2 * S::m64 * groups; ++x) {
+  for (int x = 0; x < 2 * groups; ++x) {
     if (x == set * groups + group) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) v[i] = sum[x / groups / 2][(x % groups * 4 + i / 2) * 4 + x / groups % 2 * 2 + i % 2];
+      for (int i = 0; i < 8; ++i) v[i] = sum[(x % groups * 4 + i / 2) * 4 + x / groups * 2 + i % 2];
       wgmma_fence_operands(v);
     }
   }
   exchange(v, lane);
 }
 
-/// The sums of a warp to where they belong. first_row: of its sixteen in the first product of 64 rows.
+/// The sums of a warp to where they belong. first_row: of its sixteen.
 template <class S> MOE_DEVICE void finish_tile(const GroupedRows& g, const OutputTile& tile, int64_t first_row,
                                                int lane, const TileSums<S>& sum) {
   using T = typename S::T;
@@ -309,8 +304,8 @@ template <class S> MOE_DEVICE void finish_tile(const GroupedRows& g, const Outpu
   const int groups = S::columns / 32 / (halves ? 2 : 1);  // four lanes' of a row
   const int64_t column = int64_t(tile.column_tile) * (S::columns / (paired ? 2 : 1)) + lane % 4 * own;
 #pragma unroll 1
-  for (int set = 0; set < 2 * S::m64; ++set) {
-    const int64_t begin = first_row + set / 2 * 64 + set % 2 * 8, r = begin + lane / 4;
+  for (int set = 0; set < 2; ++set) {
+    const int64_t begin = first_row + set * 8, r = begin + lane / 4;
     if (begin >= tile.end) continue;
     const bool there = r < tile.end;
     const EpilogueRow<float> row = epilogue_row<float>(p, there ? r : begin, tile.expert);

@@ -88,7 +88,7 @@ bool check_bounds(const Touch& access, uintptr_t address) {
     if (access.overwrites()) std::fill(begin, end, false);
     if (std::find(begin, end, true) == end) written = true;
   }
-  if (hooked && inside && !access.overwrites() && !written) {
+  if (hooked && inside && !access.overwrites() && !access.is_box && !written) {
     fault("uninitialised",
           format("%s of %u bytes at %s, which nobody has written", verb(access.kind), access.bytes,
                  name_of_address(address).c_str()),

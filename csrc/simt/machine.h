@@ -264,6 +264,7 @@ struct Touch {
   bool read_only = false;  // ld.global.nc
   bool aligned = true;     // must be a multiple of its size
   bool is_store = false;   // an atomic that does not read
+  bool is_box = false;     // TMA: what nobody has written may be copied along, as rows that no expert owns are
   bool overwrites() const { return kind == Access::write || is_store; }
 };
 /// Bounds, alignment, race and audit of one access by the running thread.

@@ -227,8 +227,9 @@ void touch_shared_async(const AsyncOperation& operation, Block& block, Access ki
 }
 
 void touch_global_async(const AsyncOperation& operation, Access kind, const void* p, uint32_t bytes) {
-  touch_global({operation.record, operation.issuer, &operation.issuer}, {p, bytes, kind, operation.record.site},
-               reinterpret_cast<uintptr_t>(p));
+  Touch access{p, bytes, kind, operation.record.site};
+  access.is_box = true;
+  touch_global({operation.record, operation.issuer, &operation.issuer}, access, reinterpret_cast<uintptr_t>(p));
 }
 
 void recheck_global_read(const Thread& thread, const void* p, uint32_t bytes, const void* site) {
