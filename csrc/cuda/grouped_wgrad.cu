@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Launchers of grouped_wgrad: the tensor cores where addresses allow, else multiply-adds.
+// Launchers of grouped_wgrad: the tensor cores where addresses allow, those of sm_90a if they can, else multiply-adds.
 #include "grouped_wgrad.cuh"
 
 #include <algorithm>
@@ -10,12 +10,8 @@
 namespace moe::cuda {
 namespace {
 
-Quotient quotient_of(const WgradSide& side) {
-  const uint64_t d = side.gather ? uint64_t(side.per_token) : 1;
-  uint32_t log = 0;
-  while (uint64_t(1) << log < d) ++log;
-  return {uint32_t((uint64_t(1) << (31 + log)) / d + 1), log};
-}
+/// Slots of a row of a side's data.
+Quotient slots_of(const WgradSide& side) { return quotient_by(side.gather ? uint64_t(side.per_token) : 1); }
 
 /// Where the rows of a 16-byte access begin.
 uintptr_t addresses(const void* data, int64_t stride, int64_t bytes) {
@@ -26,12 +22,16 @@ dim3 grid_of(const GroupedWgradArgs& args, int64_t width) {
   return dim3(unsigned(args.E * ((args.N + width - 1) / width) * ((args.K + width - 1) / width)));
 }
 
-template <class T> cudaError_t with_mma(GroupedWgradArgs args, cudaStream_t stream) {
-  if (args.out_col != 1) {  // the transposed product: the other index of out is contiguous
+/// The same product, or the transposed one where the other index of out is contiguous.
+GroupedWgradArgs with_rows(GroupedWgradArgs args) {
+  if (args.out_col != 1)
     std::swap(args.n_side, args.k_side), std::swap(args.N, args.K), std::swap(args.out_row, args.out_col);
-  }
+  return args;
+}
+
+template <class T> cudaError_t with_mma(const GroupedWgradArgs& args, cudaStream_t stream) {
   const LaunchShape shape{grid_of(args, WgradTile<T>::kWidth), dim3(WgradTile<T>::kThreads), WgradTile<T>::kBytes};
-  const Quotient n_token = quotient_of(args.n_side), k_token = quotient_of(args.k_side);
+  const Quotient n_token = slots_of(args.n_side), k_token = slots_of(args.k_side);
   return args.topk_weights ? launch<grouped_wgrad_kernel<T, true>>(shape, stream, args, n_token, k_token)
                            : launch<grouped_wgrad_kernel<T, false>>(shape, stream, args, n_token, k_token);
 }
@@ -62,9 +62,11 @@ bool grouped_wgrad_uses_mma(const GroupedWgradArgs& args) {
 cudaError_t grouped_wgrad(const GroupedWgradArgs& args, cudaStream_t stream) {
   if (args.E == 0 || args.N == 0 || args.K == 0) return cudaSuccess;
   if (grouped_wgrad_uses_mma(args)) {
-    if (args.dtype == DType::bf16) return with_mma<bf16>(args, stream);
-    if (args.dtype == DType::f16) return with_mma<f16>(args, stream);
-    return with_mma<float>(args, stream);
+    const GroupedWgradArgs rows = with_rows(args);
+    if (grouped_wgrad_uses_wgmma(rows)) return grouped_wgrad_sm90(rows, stream);
+    if (args.dtype == DType::bf16) return with_mma<bf16>(rows, stream);
+    if (args.dtype == DType::f16) return with_mma<f16>(rows, stream);
+    return with_mma<float>(rows, stream);
   }
   cudaError_t result = cudaErrorInvalidValue;
   visit_dtype(args.dtype, [&](auto tag) { result = with_fma<decltype(tag)>(args, stream); });

@@ -37,6 +37,10 @@ struct GroupedWgradArgs {
 /// Whether the tensor cores take it: bf16, f16 or tf32, to dtype or f32; 16-byte rows of sides and out, one index of
 /// out contiguous. Otherwise a tile of plain multiply-adds in acc does it, for any stride.
 bool grouped_wgrad_uses_mma(const GroupedWgradArgs&);
+/// Whether, of those that the tensor cores take with out_col 1, wgmma does: sm_90a, bf16 or f16, no topk_weights, sides
+/// that a tensor map holds or that are gathered.
+bool grouped_wgrad_uses_wgmma(const GroupedWgradArgs&);
+cudaError_t grouped_wgrad_sm90(const GroupedWgradArgs&, cudaStream_t);
 cudaError_t grouped_wgrad(const GroupedWgradArgs&, cudaStream_t);
 #endif
 
