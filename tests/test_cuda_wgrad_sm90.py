@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""grouped_wgrad by wgmma, run on the emulator as an sm_90 device, against float64 within c * u * sqrt(rows) * |a| |b|."""
+"""grouped_wgrad by wgmma, on the emulator as an sm_90 device, against float64 within c * u * sqrt(rows) * |a| |b|."""
 
 import ctypes
 import math
@@ -118,4 +118,5 @@ def test_what_it_refuses_the_portable_kernel_takes(monkeypatch):
     case = Case((70, 0, 9), 40, 24, torch.bfloat16)
     assert uses_wgmma(case)
     monkeypatch.setenv(simt_ops.ARCH, "80")
+    assert not uses_wgmma(case)
     case.compare(mma=True)

@@ -51,5 +51,8 @@ MOE_SIMT_EXPORT bool moe_test_grouped_wgrad_uses_wgmma(const GroupedWgradArgs* a
 
 MOE_SIMT_EXPORT size_t moe_test_size_decode() { return sizeof(DecodeArgs); }
 MOE_SIMT_EXPORT const char* moe_test_decode(const void* args) { return run(decode, args); }
+MOE_SIMT_EXPORT bool moe_test_decode_uses_wgmma(const DecodeArgs* args) {
+  return decode_uses_mma(args->mlp) && decode_uses_wgmma(args->mlp);
+}
 MOE_SIMT_EXPORT bool moe_test_decode_uses_mma(const DecodeArgs* args) { return decode_uses_mma(args->mlp); }
 }
