@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build/simt"
-COMMON = "-std=c++17 -fPIC -fvisibility=hidden -DMOE_SIMT -Wall -Wno-unknown-pragmas"
+COMMON = "-std=c++17 -fPIC -fvisibility=hidden -DMOE_SIMT -Wall -Wno-unknown-pragmas -Wno-psabi"
 KERNEL = f"{COMMON} -O1 -g -ffp-contract=off -fsanitize=thread --param tsan-distinguish-volatile=1 "
 KERNEL += "--param tsan-instrument-func-entry-exit=0 -x c++"
 RULE = "rule {name}\n  command = {command} -MD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc\n"

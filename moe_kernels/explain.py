@@ -188,7 +188,8 @@ def _cuda_products(op: str, s: Sizes, name: str) -> tuple[str, list[tuple[str, s
         said.append("weight gradients: csrc/cuda/grouped_wgrad.cuh")
     elif op == "fused_experts" and host.few_tokens >= s.T:
         said.append("where nothing requires a gradient: csrc/cuda/decode.cuh")
-    return f"csrc/cuda/{op.removesuffix('_backward')}.cuh, {'; '.join(said)}", refused
+    stem = op.removesuffix("_backward") + ("_sm90" if op == "grouped_gemm" and "wgmma" in said[0] else "")
+    return f"csrc/cuda/{stem}.cuh, {'; '.join(said)}", refused
 
 
 def _arch(name: str) -> int:

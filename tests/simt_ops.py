@@ -39,6 +39,7 @@ CALLED = {
 STAGES = (*CALLED, *(f"{stage}_backward" for stage in CALLED if f"{stage}_backward" in schemas.SCHEMAS))
 SEED = "MOE_KERNELS_SIMT_SEED"
 ARCH = "MOE_KERNELS_SIMT_ARCH"  # of the GPU that the emulator stands for: 80 unless set
+ROW = "MOE_KERNELS_SIMT_ROW"  # of kTileRows, by number: computes every grouped product that it does not refuse
 
 
 @functools.cache

@@ -27,7 +27,7 @@ SMALL = (TILES["64x128"], TILES["16x128"])
 FMA = ROWS["fma"]
 # Columns of D in one of the weight_parts: a warp's.
 PART_COLUMNS = {
-    "wgmma 2x128x256": 256, "wgmma 128x256": 256, "wgmma 128x128": 128, "wgmma 64x256": 256, "mma 128x256": 64,
+    "wgmma 2x128x256": 256, "wgmma 128x256": 256, "wgmma 2x64x256": 256, "wgmma 64x256": 256, "mma 128x256": 64,
     "mma 128x128": 64, "mma 64x128": 64, "mma 16x128": 32, "fma": 32,
 }  # fmt: skip
 TF32 = 2.0**-11  # half a unit of ten bits of mantissa

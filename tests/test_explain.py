@@ -238,9 +238,11 @@ def test_products_of_cuda_experts(monkeypatch: pytest.MonkeyPatch) -> None:
 
     found = ask()
     assert not found.fallback and found.backend == "cuda sm_90"
-    assert re.search(r"x w13: mma \d+x\d+; h w2: mma \d+x\d+", found.config)
+    assert re.search(r"x w13: wgmma [\dx]+; h w2: wgmma [\dx]+", found.config)
+    assert re.search(r"x w13: mma [\dx]+; h w2: mma [\dx]+", ask(device="sm_80").config)
     assert "mma" in ask("fused_experts_backward").config and "grouped_wgrad" in ask("fused_experts_backward").config
-    assert re.search(r"grouped_gemm.cuh, a b: mma \d+x\d+$", ask("grouped_gemm").config)
+    assert re.search(r"grouped_gemm_sm90.cuh, a b: wgmma [\dx]+$", ask("grouped_gemm").config)
+    assert re.search(r"grouped_gemm.cuh, a b: mma [\dx]+$", ask("grouped_gemm", device="sm_89").config)
     assert "decode" in ask(T=64).config and "decode" not in ask(T=65).config
     for sizes in ({"dtype": torch.float64}, {"dtype": torch.float32}, {"H": 2047}, {"device": "sm_75"}):
         found = ask(**sizes)

@@ -133,6 +133,7 @@ MOE_KERNEL __launch_bounds__(MOE_SM90A ? DecodeWgmma<N>::kThreads : 32, MOE_SM90
   if (threadIdx.x == 0) {
     prefetch_tensor_map(&map);
     ring.start(kWarpgroup + 1, 4);
+    fence_mbarrier_init();
   }
   __syncthreads();
   griddepcontrol_wait();  // blocks without work too: what comes after decode_w2 may count on it
@@ -202,6 +203,7 @@ MOE_KERNEL __launch_bounds__(MOE_SM90A ? DecodeWgmma<N>::kThreads : 32, 1)
   if (threadIdx.x == 0) {
     prefetch_tensor_map(&map);
     ring.start(kWarpgroup + 1, 4);
+    fence_mbarrier_init();
   }
   griddepcontrol_wait();
   if (warp == 0) {

@@ -67,7 +67,13 @@ template <class V> cudaError_t zero_rows(const int32_t* ends, int64_t E, int64_t
 
 int choose_row(const GroupedRows& g) {
   Processor on;
-  return current_processor(on) == cudaSuccess ? choose_config(shape_of(g), on) : kFma;
+  if (current_processor(on) != cudaSuccess) return kFma;
+  const ProductShape shape = shape_of(g);
+#if defined(MOE_SIMT) && !defined(MOE_NVRTC)
+  const int wished = simt::wished_row();
+  if (wished >= 0 && wished < kTileCount && !refusal(kTileRows[wished], shape, on)) return wished;
+#endif
+  return choose_config(shape, on);
 }
 
 cudaError_t grouped_rows_by(int row, const GroupedRows& g, cudaStream_t stream) {

@@ -28,7 +28,7 @@ struct TileRow {
   constexpr int stage_bytes() const { return (rows + columns) * slice; }
   constexpr int staging_stride() const { return (warp_columns() + 8) * 4; }  // rows 8 banks apart
   constexpr int shared_bytes() const {
-    if (wgmma()) return 1024 + stages * (stage_bytes() + 16);  // alignment and barriers
+    if (wgmma()) return 1024 + stages * (stage_bytes() + 16) + 16;  // alignment and barriers
     const int staging = warps() * 16 * staging_stride(), ring = stages * stage_bytes();
     return staging > ring ? staging : ring;
   }
@@ -38,7 +38,7 @@ struct TileRow {
 constexpr TileRow kTileRows[] = {
     {"wgmma 2x128x256", 128, 256, 128, 4, 8, 1, false, 2, false, 2},
     {"wgmma 128x256", 128, 256, 128, 4, 8, 1, false, 2},
-    {"wgmma 128x128", 128, 128, 128, 6, 4, 1, false, 2, true},
+    {"wgmma 2x64x256", 64, 256, 128, 5, 4, 1, false, 2, true, 2},
     {"wgmma 64x256", 64, 256, 128, 5, 4, 1, false, 2, true},
     {"mma 128x256", 128, 256, 64, 4, 2, 4, false},
     {"mma 128x128", 128, 128, 64, 3, 2, 2, true},

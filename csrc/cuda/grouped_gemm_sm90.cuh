@@ -29,15 +29,13 @@ template <class T_, int kRow, bool kGather_, bool kAcross_> struct WgmmaTile {
   static constexpr bool gather = kGather_, across = kAcross_;  // rows of a by their slots; b across the sum
   static constexpr int rows = row.rows, columns = row.columns, stages = row.stages, cluster = row.cluster;
   static constexpr int threads = row.threads(), a_bytes = rows * kSliceBytes, b_bytes = columns * kSliceBytes;
-  static constexpr int m64 = row.ping_pong ? rows / 64 : rows / 128;  // products of 64 rows of a consumer
   static constexpr int producer_registers = gather ? 56 : 40, consumer_registers = gather ? 224 : 232;
   static constexpr int lag = 2;  // slices of a that fly while the producer starts the next one
   using RingOf = Ring<stages, a_bytes + b_bytes>;
   using Place = typename RingOf::Place;
-  static_assert(stages >= lag + 1 && rows % 64 == 0 && columns % 128 == 0 && row.slice == kSliceBytes);
-  static_assert(cluster == 1 || !row.ping_pong);
+  static_assert(stages >= lag + 1 && rows == (row.ping_pong ? 64 : 128) && row.slice == kSliceBytes);
 };
-template <class S> using TileSums = float[S::m64][S::columns / 2];
+template <class S> using TileSums = float[S::columns / 2];  // 64 rows of a consumer
 
 /// The two tensor maps of a product; a's is not read where rows are gathered.
 struct RowsMaps { TensorMap a, b; };
@@ -214,37 +212,54 @@ template <class S> MOE_DEVICE void multiply_slice(const Operand& a, const Operan
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < kSliceElements / kStepElements; ++step)
-#pragma unroll
-    for (int m = 0; m < S::m64; ++m)
-      wgmma<typename S::T, S::columns, 0, S::across>(
-          sum[m], a.moved(step * kStepBytes<false> + m * 64 * kSliceBytes).word(),
-          b.moved(step * kStepBytes<S::across>).word(), accumulate || step > 0);
+    wgmma<typename S::T, S::columns, 0, S::across>(sum, a.moved(step * kStepBytes<false>).word(),
+                                                   b.moved(step * kStepBytes<S::across>).word(),
+                                                   accumulate || step > 0);
   wgmma_commit_group();
 }
 
-/// The sums of one tile. While the products of a slice run, those of the slice before end and its stage is released.
-/// first: of this consumer's rows in the tile.
+/// Queues the products of one tile. While those of a slice run, those of the slice before end and its stage is
+/// released.
 template <class S> MOE_DEVICE void multiply(const typename S::RingOf& ring, typename S::Place& place, int slices,
                                             int first, int lane, TileSums<S>& sum) {
   const Operand a = operand_at<false>(ring.at + uint32_t(first * kSliceBytes));
   const Operand b = operand_at<S::across>(ring.at + S::a_bytes);
   ring.wait_full(place);
   multiply_slice<S>(ring.in_stage(place, a), ring.in_stage(place, b), false, sum);
-  typename S::Place before = place;
-  place.next();
   for (int s = 1; s < slices; ++s) {
+    const typename S::Place before = place;
+    place.next();
     ring.wait_full(place);
     multiply_slice<S>(ring.in_stage(place, a), ring.in_stage(place, b), true, sum);
     wgmma_wait_group<1>();
     release<S>(ring, before, lane);
-    before = place;
-    place.next();
   }
-  wgmma_wait_group<0>();
-#pragma unroll
-  for (int m = 0; m < S::m64; ++m) wgmma_fence_operands(sum[m]);
-  release<S>(ring, before, lane);
 }
+/// The sums of the tile are there.
+template <class S> MOE_DEVICE void end_products(const typename S::RingOf& ring, typename S::Place& place, int lane,
+                                                TileSums<S>& sum) {
+  wgmma_wait_group<0>();
+  wgmma_fence_operands(sum);
+  release<S>(ring, place, lane);
+  place.next();
+}
+
+/// Whose turn it is to multiply where tiles alternate between two consumers. A consumer that went ahead would take the
+/// stages of the other's tile, a round before its own, for its own: a barrier tells odd rounds from even ones only.
+struct Alternation {
+  uint32_t at;  // a barrier each
+  MOE_DEVICE void start() const {
+    mbarrier_init(at, 4);
+    mbarrier_init(at + 8, 4);
+  }
+  /// Before a consumer's tile, counted from 0: until the other has queued its one before. Nothing is before the first.
+  MOE_DEVICE void wait(int consumer, uint32_t tile) const {
+    mbarrier_wait_parity(at + consumer * 8, (tile + 1 + consumer) % 2);
+  }
+  MOE_DEVICE void pass(int consumer, int lane) const {
+    if (lane == 0) mbarrier_arrive(at + (1 - consumer) * 8);
+  }
+};
 
 /// Eight neighbouring columns of a row for each lane: of group `group` of 32 columns, of row set `set`, 8 rows of a
 /// warp.
@@ -252,17 +267,17 @@ template <class S> MOE_DEVICE void take(const TileSums<S>& sum, int set, int gro
   constexpr int groups = S::columns / 32;
   // Registers have no index: one of these copies happens, and the fence keeps the compiler from making one of them.
 #pragma unroll
-  for (int x = 0; x < 2 * S::m64 * groups; ++x) {
+  for (int x = 0; x < 2 * groups; ++x) {
     if (x == set * groups + group) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) v[i] = sum[x / groups / 2][(x % groups * 4 + i / 2) * 4 + x / groups % 2 * 2 + i % 2];
+      for (int i = 0; i < 8; ++i) v[i] = sum[(x % groups * 4 + i / 2) * 4 + x / groups * 2 + i % 2];
       wgmma_fence_operands(v);
     }
   }
   exchange(v, lane);
 }
 
-/// The sums of a warp to where they belong. first_row: of its sixteen in the first product of 64 rows.
+/// The sums of a warp to where they belong. first_row: of its sixteen.
 template <class S> MOE_DEVICE void finish_tile(const GroupedRows& g, const OutputTile& tile, int64_t first_row,
                                                int lane, const TileSums<S>& sum) {
   using T = typename S::T;
@@ -273,8 +288,8 @@ template <class S> MOE_DEVICE void finish_tile(const GroupedRows& g, const Outpu
   const int groups = S::columns / 32 / (halves ? 2 : 1);  // four lanes' of a row
   const int64_t column = int64_t(tile.column_tile) * (S::columns / (paired ? 2 : 1)) + lane % 4 * own;
 #pragma unroll 1
-  for (int set = 0; set < 2 * S::m64; ++set) {
-    const int64_t begin = first_row + set / 2 * 64 + set % 2 * 8, r = begin + lane / 4;
+  for (int set = 0; set < 2; ++set) {
+    const int64_t begin = first_row + set * 8, r = begin + lane / 4;
     if (begin >= tile.end) continue;
     const bool there = r < tile.end;
     const EpilogueRow<float> row = epilogue_row<float>(p, there ? r : begin, tile.expert);
@@ -312,17 +327,21 @@ template <class S> MOE_DEVICE void finish_tile(const GroupedRows& g, const Outpu
 template <class S> MOE_DEVICE void consume(const GroupedRows& g, const typename S::RingOf& ring, uint32_t column_tiles,
                                            int slices, int consumer, int warp, int lane) {
   constexpr bool ping_pong = S::row.ping_pong;
+  const Alternation turns{ring.end()};
+  const int first = ping_pong ? 0 : consumer * 64;  // of this consumer's rows in the tile
   TileWalk<S> walk(g, column_tiles, ping_pong ? consumer : 0, ping_pong ? 2 : 1);
-  const int first = ping_pong ? 0 : consumer * 64;
   typename S::Place place;
-  uint32_t slice = ping_pong && consumer ? slices : 0;  // where this consumer's next tile begins
-  OutputTile tile = walk.next();
-  while (tile.expert >= 0) {
-    if constexpr (ping_pong) place = S::Place::after(slice), slice += 2 * uint32_t(slices);
+  uint32_t count = 0;
+  for (OutputTile tile = walk.next(); tile.expert >= 0; tile = walk.next(), ++count) {
     TileSums<S> sum;
+    if constexpr (ping_pong) {
+      place = S::Place::after((2 * count + uint32_t(consumer)) * uint32_t(slices));
+      turns.wait(consumer, count);
+    }
     multiply<S>(ring, place, slices, first, lane, sum);
+    if constexpr (ping_pong) turns.pass(consumer, lane);
+    end_products<S>(ring, place, lane, sum);
     finish_tile<S>(g, tile, tile.row + first + warp % 4 * 16, lane, sum);
-    tile = walk.next();
   }
 }
 
@@ -338,6 +357,8 @@ MOE_KERNEL __launch_bounds__(MOE_SM90A ? kTileRows[kRow].threads() : 32, 1)
   const int slices = int((g.K + kSliceElements - 1) / kSliceElements);
   if (threadIdx.x == 0) {
     ring.start(kGather ? kWarpgroup + 1 : 1, (S::row.ping_pong ? 4 : 8) * S::cluster);
+    if (S::row.ping_pong) Alternation{ring.end()}.start();
+    fence_mbarrier_init();
     if (!kGather) prefetch_tensor_map(&maps.a);
     prefetch_tensor_map(&maps.b);
   }

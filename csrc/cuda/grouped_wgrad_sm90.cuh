@@ -223,6 +223,7 @@ MOE_KERNEL __launch_bounds__(MOE_SM90A ? WgradWgmma<kColumns>::kThreads : 32, 1)
   const int lane = int(threadIdx.x) % kWarp, warp = __shfl_sync(kFullWarp, int(threadIdx.x) / kWarp, 0);
   if (threadIdx.x == 0) {
     ring.start(kWarpgroup + 1, 8);
+    fence_mbarrier_init();
     if (!args.n_side.gather) prefetch_tensor_map(&maps.n);
     if (!args.k_side.gather) prefetch_tensor_map(&maps.k);
   }

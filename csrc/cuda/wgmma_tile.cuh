@@ -56,14 +56,14 @@ template <int kStages, int kStageBytes> struct Ring {
   }
   MOE_DEVICE uint32_t full(const Place& p) const { return at + kStages * kStageBytes + p.stage * 8; }
   MOE_DEVICE uint32_t empty(const Place& p) const { return full(p) + kStages * 8; }
-  /// By one thread, before all meet.
+  MOE_DEVICE uint32_t end() const { return at + kStages * (kStageBytes + 16); }
+  /// By one thread, before fence_mbarrier_init and before all meet.
   MOE_DEVICE void start(uint32_t full_arrivals, uint32_t empty_arrivals) const {
     Place p;
     for (int i = 0; i < kStages; ++i, p.next()) {
       mbarrier_init(full(p), full_arrivals);
       mbarrier_init(empty(p), empty_arrivals);
     }
-    fence_mbarrier_init();
   }
   /// Waits until nobody reads the stage any more; at once in the first round.
   MOE_DEVICE void wait_empty(const Place& p) const { mbarrier_wait_parity(empty(p), p.round ^ 1); }

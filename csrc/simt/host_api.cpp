@@ -36,6 +36,11 @@ Options options_from_environment() {
   return options;
 }
 
+int wished_row() {
+  const char* const text = std::getenv("MOE_KERNELS_SIMT_ROW");
+  return text != nullptr && *text != 0 ? std::atoi(text) : -1;
+}
+
 }  // namespace moe::simt
 
 using namespace moe::simt;

@@ -54,6 +54,10 @@ struct LaunchConfig {
 cudaError_t launch(const LaunchConfig& config, void (*body)(const void* arguments), const void* arguments,
                    size_t arguments_bytes);
 
+/// MOE_KERNELS_SIMT_ROW, or -1: the row of kTileRows that a test wants wherever it does not refuse the product, since the
+/// shapes of a test are too small for the choice to name every row.
+int wished_row();
+
 /// Makes [p, p + bytes) device memory under `name`; kernels may touch nothing else once anything is registered.
 /// `written` says whether it holds values that may be read. Nested and repeated registration is allowed.
 void register_buffer(const void* p, size_t bytes, const char* name, bool written);

@@ -6,6 +6,7 @@
 #include "../../csrc/cuda/decode.h"
 #include "../../csrc/cuda/grouped_gemm.h"
 #include "../../csrc/cuda/grouped_wgrad.h"
+#include "../../csrc/cuda/tensor_map.h"
 
 namespace {
 
@@ -47,6 +48,13 @@ MOE_SIMT_EXPORT int moe_test_choose_row(const GroupedRows* rows) { return choose
 
 MOE_SIMT_EXPORT bool moe_test_grouped_wgrad_uses_wgmma(const GroupedWgradArgs* args) {
   return grouped_wgrad_uses_mma(*args) && grouped_wgrad_uses_wgmma(*args);
+}
+
+MOE_SIMT_EXPORT const char* moe_test_tensor_map_refusal(const void* base, int dtype, int rank, const int64_t* size,
+                                                        const int64_t* stride, const int64_t* box, int swizzle) {
+  BoxedTensor t{base, moe::DType(dtype), rank, {}, {}, {}, swizzle};
+  for (int i = 0; i < kMapRank; ++i) t.size[i] = size[i], t.stride[i] = stride[i], t.box[i] = box[i];
+  return tensor_map_refusal(t);
 }
 
 MOE_SIMT_EXPORT size_t moe_test_size_decode() { return sizeof(DecodeArgs); }
