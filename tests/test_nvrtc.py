@@ -262,8 +262,8 @@ def test_launchers_ask_the_driver_for_what_they_mean(tmp_path: Path, monkeypatch
     """Names, grids, streams, attributes and parameters as they arrive; a function is loaded once."""
     compiler_or_skip()
     monkeypatch.setenv("MOE_KERNELS_CACHE", str(tmp_path / "cubins"))
-    for name in ("route_kernel<moe::bf16>", "sinkhorn_kernel<float>", "decode_w13_kernel<moe::bf16, 1>",
-                 "decode_w2_kernel<moe::bf16, 1>"):  # fmt: skip
+    for name in ("route_kernel<moe::bf16>", "sinkhorn_kernel<float>", "decode_w13_sm90_kernel<moe::bf16, 8>",
+                 "decode_w2_sm90_kernel<moe::bf16, 8>"):  # fmt: skip
         nvrtc.kernel_image(name, "sm_90a", ROOT / "csrc")  # NVRTC itself would ask the driver more than this one knows
     sys.path.insert(0, str(ROOT / "build_support"))
     launchers = importlib.import_module("nvrtc").launchers()
@@ -285,6 +285,11 @@ def test_launchers_ask_the_driver_for_what_they_mean(tmp_path: Path, monkeypatch
     assert route == again and "route_kernelINS_4bf16E" in route[1] and route[-2:] == ["first", "100"]
     assert all(launch[6] == "77" for launch in launches)  # the stream
     assert "sinkhorn_kernelIfE" in sinkhorn[1] and sinkhorn[7:9] == ["2", "1"]  # cooperative
-    assert "decode_w13_kernelINS_4bf16ELi1E" in w13[1] and w13[2:5] == ["8", "8", "256"] and w13[7:9] == ["6", "1"]
-    assert "decode_w2_kernelINS_4bf16ELi1E" in w2[1] and w2[7:9] == ["6", "1"]  # programmatic dependents
+    assert "decode_w13_sm90_kernelINS_4bf16ELi8E" in w13[1] and w13[2:5] == ["4", "8", "384"]
+    assert "decode_w2_sm90_kernelINS_4bf16ELi8E" in w2[1] and w2[2:5] == ["16", "1", "384"]
+    assert w13[7:9] == ["6", "1"] and w2[7:11] == ["6", "1", "4", "4"]  # programmatic dependents; clusters of four
+    assert [line for line in lines if line.startswith("map")] == [  # bf16, swizzled by 128 bytes
+        "map 9 3 256/64 128/32 2/1 8/1", "map 9 3 128/64 256/32 1/1 8/1",
+    ]  # fmt: skip
+    assert f"attribute 8 {w13[5]}" in lines and int(w13[5]) > 48 * 1024
     assert "memset 0 256" in lines  # route's counts

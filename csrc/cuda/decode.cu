@@ -88,6 +88,10 @@ cudaError_t decode(const DecodeArgs& args, cudaStream_t stream) {
   visit_dtype(p.dtype, [&](auto tag) {
     using T = decltype(tag);
     if constexpr (sizeof(T) == 2) {
+      if (decode_uses_mma(p) && decode_uses_wgmma(p)) {
+        result = decode_sm90(args, epilogue_of(args), stream);
+        return;
+      }
       if (decode_uses_mma(p)) {
         result = p.T <= 8 ? with_mma<T, 1>(args, stream) : with_mma<T, 8>(args, stream);
         return;

@@ -8,6 +8,7 @@
 #pragma once
 #include "../moe.h"
 #include "device.h"
+#include "grouped_gemm.h"
 #include "runtime.h"
 
 namespace moe::cuda {
@@ -26,8 +27,11 @@ bool decode_takes(const ExpertMlp&);
 /// Whether the tensor cores take it: bf16 or f16, rows of 16 bytes, H and I contiguous in the weights. Otherwise a warp
 /// a dot product in acc, for any width, stride and type.
 bool decode_uses_mma(const ExpertMlp&);
+/// Whether, of those, wgmma does: sm_90a, weights that a tensor map holds.
+bool decode_uses_wgmma(const ExpertMlp&);
 int64_t decode_workspace_bytes(const ExpertMlp&);
 cudaError_t decode(const DecodeArgs&, cudaStream_t);
+cudaError_t decode_sm90(const DecodeArgs&, const RowsEpilogue&, cudaStream_t);
 #endif
 
 }  // namespace moe::cuda

@@ -11,6 +11,12 @@ struct Quotient {
   MOE_DEVICE uint32_t operator()(int32_t n) const { return __umulhi(uint32_t(n) * 2, multiplier) >> shift; }
 };
 
+MOE_BOTH Quotient quotient_by(uint64_t d) {
+  uint32_t log = 0;
+  while (uint64_t(1) << log < d) ++log;
+  return {uint32_t((uint64_t(1) << (31 + log)) / d + 1), log};
+}
+
 /// The rows of expert e, clamped to [0, S].
 struct RowRange { int32_t begin, end; };
 MOE_DEVICE RowRange rows_of(const int32_t* ends, int64_t e, int64_t S) {

@@ -69,7 +69,7 @@ int choose_row(const GroupedRows& g) {
   Processor on;
   if (current_processor(on) != cudaSuccess) return kFma;
   const ProductShape shape = shape_of(g);
-#if defined(MOE_SIMT)
+#if defined(MOE_SIMT) && !defined(MOE_NVRTC)
   const int wished = simt::wished_row();
   if (wished >= 0 && wished < kTileCount && !refusal(kTileRows[wished], shape, on)) return wished;
 #endif

@@ -18,12 +18,10 @@ bool in_halves(const RowsEpilogue& p) { return p.kind == Epilogue::activation &&
 }  // namespace
 
 bool has_wgmma() {
-#if defined(MOE_NVRTC)  // compiles for the device that asks
+#if defined(MOE_SIMT)  // compiled for the device that asks
   int device = 0, major = 0;
   return cudaGetDevice(&device) == cudaSuccess &&
          cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major == 9;
-#elif defined(MOE_SIMT)
-  return true;
 #else
   cudaFuncAttributes found{};
   return cudaFuncGetAttributes(&found, reinterpret_cast<const void*>(wgmma_mark_kernel)) == cudaSuccess &&

@@ -261,22 +261,6 @@ struct Alternation {
   }
 };
 
-/// Four lanes have two neighbours each of four chunks of eight; then each has a chunk: lane % 4 says which.
-MOE_DEVICE void exchange(float (&v)[8], int lane) {
-#pragma unroll
-  for (int bit = 1; bit <= 2; bit *= 2) {
-    const bool odd = lane & bit;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      if (i / 2 & bit) continue;
-      const int other = i + 2 * bit;
-      const float received = __shfl_xor_sync(kFullWarp, odd ? v[i] : v[other], bit);
-      if (odd) v[i] = received;
-      else v[other] = received;
-    }
-  }
-}
-
 /// Eight neighbouring columns of a row for each lane: of group `group` of 32 columns, of row set `set`, 8 rows of a
 /// warp.
 template <class S> MOE_DEVICE void take(const TileSums<S>& sum, int set, int group, int lane, float (&v)[8]) {

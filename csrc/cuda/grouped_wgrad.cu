@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Launchers of grouped_wgrad: the tensor cores where addresses allow, else multiply-adds.
+// Launchers of grouped_wgrad: the tensor cores where addresses allow, those of sm_90a if they can, else multiply-adds.
 #include "grouped_wgrad.cuh"
 
 #include <algorithm>
@@ -10,12 +10,8 @@
 namespace moe::cuda {
 namespace {
 
-Quotient quotient_of(const WgradSide& side) {
-  const uint64_t d = side.gather ? uint64_t(side.per_token) : 1;
-  uint32_t log = 0;
-  while (uint64_t(1) << log < d) ++log;
-  return {uint32_t((uint64_t(1) << (31 + log)) / d + 1), log};
-}
+/// Slots of a row of a side's data.
+Quotient slots_of(const WgradSide& side) { return quotient_by(side.gather ? uint64_t(side.per_token) : 1); }
 
 /// Where the rows of a 16-byte access begin.
 uintptr_t addresses(const void* data, int64_t stride, int64_t bytes) {
@@ -29,9 +25,16 @@ dim3 grid_of(const GroupedWgradArgs& args, int64_t width) {
   return dim3(unsigned(tiles_of(args, width) * std::max<int64_t>(args.parts, 1)));
 }
 
+/// The same product, or the transposed one where the other index of out is contiguous.
+GroupedWgradArgs with_rows(GroupedWgradArgs args) {
+  if (args.out_col != 1 && args.out_row == 1)
+    std::swap(args.n_side, args.k_side), std::swap(args.N, args.K), std::swap(args.out_row, args.out_col);
+  return args;
+}
+
 template <class T> cudaError_t with_mma(const GroupedWgradArgs& args, cudaStream_t stream) {
   const LaunchShape shape{grid_of(args, WgradTile<T>::kWidth), dim3(WgradTile<T>::kThreads), WgradTile<T>::kBytes};
-  return launch<grouped_wgrad_kernel<T>>(shape, stream, args, quotient_of(args.n_side), quotient_of(args.k_side));
+  return launch<grouped_wgrad_kernel<T>>(shape, stream, args, slots_of(args.n_side), slots_of(args.k_side));
 }
 
 template <class T> cudaError_t with_fma(const GroupedWgradArgs& args, cudaStream_t stream) {
@@ -71,13 +74,12 @@ int64_t grouped_wgrad_partial_bytes(const GroupedWgradArgs& args) {
 }
 
 cudaError_t grouped_wgrad(const GroupedWgradArgs& given, cudaStream_t stream) {
-  GroupedWgradArgs args = given;
+  const GroupedWgradArgs args = with_rows(given);
   if (args.E == 0 || args.N == 0 || args.K == 0) return cudaSuccess;
   if (args.parts > 1 && (!args.partial || args.N * args.K >= int64_t(1) << 31)) return cudaErrorInvalidValue;
-  if (args.out_col != 1 && args.out_row == 1)  // the transposed product: the other index of out is contiguous
-    std::swap(args.n_side, args.k_side), std::swap(args.N, args.K), std::swap(args.out_row, args.out_col);
   cudaError_t error = cudaErrorInvalidValue;
   const bool mma = grouped_wgrad_uses_mma(args);
+  if (mma && args.parts <= 1 && grouped_wgrad_uses_wgmma(args)) return grouped_wgrad_sm90(args, stream);
   if (!mma) visit_dtype(args.dtype, [&](auto tag) { error = with_fma<decltype(tag)>(args, stream); });
   else if (args.dtype == DType::bf16) error = with_mma<bf16>(args, stream);
   else if (args.dtype == DType::f16) error = with_mma<f16>(args, stream);

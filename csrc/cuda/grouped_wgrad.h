@@ -41,6 +41,10 @@ bool grouped_wgrad_uses_mma(const GroupedWgradArgs&);
 /// How many parts fill the current device, from sizes alone: 1 unless the gradients have fewer tiles than it has room.
 int64_t grouped_wgrad_parts(const GroupedWgradArgs&);
 int64_t grouped_wgrad_partial_bytes(const GroupedWgradArgs&);  // of partial, for these parts
+/// Whether, of those that the tensor cores take with out_col 1, wgmma does: sm_90a, bf16 or f16, sides
+/// that a tensor map holds or that are gathered.
+bool grouped_wgrad_uses_wgmma(const GroupedWgradArgs&);
+cudaError_t grouped_wgrad_sm90(const GroupedWgradArgs&, cudaStream_t);
 cudaError_t grouped_wgrad(const GroupedWgradArgs&, cudaStream_t);
 #endif
 

@@ -70,4 +70,20 @@ template <int kStages, int kStageBytes> struct Ring {
   MOE_DEVICE void wait_full(const Place& p) const { mbarrier_wait_parity(full(p), p.round); }
 };
 
+/// Four lanes have two neighbours each of four chunks of eight; then each has a chunk: lane % 4 says which.
+MOE_DEVICE void exchange(float (&v)[8], int lane) {
+#pragma unroll
+  for (int bit = 1; bit <= 2; bit *= 2) {
+    const bool odd = lane & bit;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if (i / 2 & bit) continue;
+      const int other = i + 2 * bit;
+      const float received = __shfl_xor_sync(kFullWarp, odd ? v[i] : v[other], bit);
+      if (odd) v[i] = received;
+      else v[other] = received;
+    }
+  }
+}
+
 }  // namespace moe::cuda

@@ -4,6 +4,11 @@
 #include "../../csrc/cuda/decode.h"
 #include "stage_cases.h"
 
+namespace moe::cuda {  // of sm_90a: left out
+bool decode_uses_wgmma(const ExpertMlp&) { return false; }
+cudaError_t decode_sm90(const DecodeArgs&, const RowsEpilogue&, cudaStream_t) { return cudaErrorInvalidValue; }
+}  // namespace moe::cuda
+
 namespace moe::faults {
 namespace {
 

@@ -6,6 +6,11 @@
 #include "../../csrc/cuda/grouped_wgrad.h"
 #include "stage_cases.h"
 
+namespace moe::cuda {  // of sm_90a: left out
+bool grouped_wgrad_uses_wgmma(const GroupedWgradArgs&) { return false; }
+cudaError_t grouped_wgrad_sm90(const GroupedWgradArgs&, cudaStream_t) { return cudaErrorInvalidValue; }
+}  // namespace moe::cuda
+
 namespace moe::faults {
 namespace {
 

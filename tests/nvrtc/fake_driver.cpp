@@ -49,6 +49,15 @@ EXPORT int cuDeviceGetAttribute(int* value, int attribute, int) {
   return 0;
 }
 EXPORT int cuDevicePrimaryCtxRetain(void** out, int) { return *out = &written, 0; }
+EXPORT int cuDriverGetVersion(int* version) { return *version = 13000, 0; }
+EXPORT int cuTensorMapEncodeTiled(void* map, int type, unsigned rank, void*, const uint64_t* size, const uint64_t*,
+                                  const unsigned* box, const unsigned*, int, int swizzle, int, int) {
+  std::memset(map, 0, 128);
+  written += "map " + std::to_string(type) + " " + std::to_string(swizzle);
+  for (unsigned i = 0; i < rank; ++i) written += " " + std::to_string(size[i]) + "/" + std::to_string(box[i]);
+  written += "\n";
+  return 0;
+}
 EXPORT int cuMemsetD8Async(void*, unsigned char value, size_t bytes, void*) {
   written += "memset " + std::to_string(value) + " " + std::to_string(bytes) + "\n";
   return 0;

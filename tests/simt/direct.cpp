@@ -52,6 +52,10 @@ MOE_SIMT_EXPORT size_t moe_test_size_grouped_rows() { return sizeof(RowsBy); }
 MOE_SIMT_EXPORT const char* moe_test_grouped_rows(const void* args) { return run(rows_by, args); }
 MOE_SIMT_EXPORT int moe_test_choose_row(const GroupedRows* rows) { return choose_row(*rows); }
 
+MOE_SIMT_EXPORT bool moe_test_grouped_wgrad_uses_wgmma(const GroupedWgradArgs* args) {
+  return grouped_wgrad_uses_mma(*args) && grouped_wgrad_uses_wgmma(*args);
+}
+
 MOE_SIMT_EXPORT const char* moe_test_tensor_map_refusal(const void* base, int dtype, int rank, const int64_t* size,
                                                         const int64_t* stride, const int64_t* box, int swizzle) {
   BoxedTensor t{base, moe::DType(dtype), rank, {}, {}, {}, swizzle};
@@ -61,5 +65,8 @@ MOE_SIMT_EXPORT const char* moe_test_tensor_map_refusal(const void* base, int dt
 
 MOE_SIMT_EXPORT size_t moe_test_size_decode() { return sizeof(DecodeArgs); }
 MOE_SIMT_EXPORT const char* moe_test_decode(const void* args) { return run(decode, args); }
+MOE_SIMT_EXPORT bool moe_test_decode_uses_wgmma(const DecodeArgs* args) {
+  return decode_uses_mma(args->mlp) && decode_uses_wgmma(args->mlp);
+}
 MOE_SIMT_EXPORT bool moe_test_decode_uses_mma(const DecodeArgs* args) { return decode_uses_mma(args->mlp); }
 }
