@@ -65,7 +65,10 @@ class LossInputs:
 
     def valid(self, scope: str) -> Tensor:
         """acc [B, 1] tokens of every group that are no padding, at least 1."""
-        return self._sum(self.logits.new_ones((self.logits.shape[0], 1)).detach(), scope).clamp(min=1)
+        (T, _), B, acc = self.logits.shape, self.groups(scope), acc_dtype(self.logits.dtype)
+        if self.padding_mask is None:
+            return torch.full((B, 1), max(T // B, 1), dtype=acc, device=self.logits.device)
+        return self.padding_mask.reshape(B, -1).sum(1, keepdim=True).clamp(min=1).to(acc)
 
     def mean(self, p: Tensor, scope: str) -> Tensor:
         """p [T, n] -> [B, n], the mean over a group's tokens."""
@@ -73,12 +76,7 @@ class LossInputs:
 
     def mean_scores(self, scope: str, normalize: bool = True) -> Tensor:
         """P acc [B, E], the mean over a group's tokens of the scores, each divided by its token's sum if normalize."""
-        code, sums, B = SCORING_CODE[self.router.scoring_func], self.score_sums, self.groups(scope)
-        if sums is None or (code != 0 and normalize != self.normalized_sums):
-            sums = _SUM_SCORES(self.logits, code, normalize, self.router.logit_softcap, B, self.padding_mask)
-        elif sums.shape[0] != B:  # they are those of sequences
-            sums = sums.sum(0, keepdim=True)
-        return sums / self.valid(scope)
+        return self._score_sums(scope, normalize) / self.valid(scope)
 
     def counts(self, ids: Tensor, scope: str) -> Tensor:
         """ids [T, k], -1 for absent -> acc [B, E] slots of every expert in every group."""
@@ -89,12 +87,25 @@ class LossInputs:
         ones = torch.ones_like(ids, dtype=acc_dtype(self.logits.dtype))
         return ones.new_zeros((B, E + 1)).scatter_add(1, ids, ones)[:, :E]
 
+    def balance(self, f: Tensor, scope: str, normalize: bool = True) -> Tensor:
+        """f acc [B, E] -> the mean over the groups that have a token of sum_i f_i P_i."""
+        if self.padding_mask is None:  # groups of one size: two operations with a gradient
+            return (f / max(self.logits.shape[0], 1) * self._score_sums(scope, normalize)).sum()
+        return self.over_groups((f * self.mean_scores(scope, normalize)).sum(1), scope)
+
     def over_groups(self, per_group: Tensor, scope: str) -> Tensor:
         """per_group [B] -> its mean over the groups that have a token."""
         if self.padding_mask is None or self.groups(scope) == 1:
             return per_group.mean()
         some = self.padding_mask.reshape(self.groups(scope), -1).any(1)
         return torch.where(some, per_group, 0.0).sum() / some.sum().clamp(min=1)
+
+    def _score_sums(self, scope: str, normalize: bool) -> Tensor:
+        """acc [B, E]: P times the tokens of the group."""
+        code, sums, B = SCORING_CODE[self.router.scoring_func], self.score_sums, self.groups(scope)
+        if sums is None or (code != 0 and normalize != self.normalized_sums):
+            return _SUM_SCORES(self.logits, code, normalize, self.router.logit_softcap, B, self.padding_mask)
+        return sums if sums.shape[0] == B else sums.sum(0, keepdim=True)  # they are those of sequences
 
     def _sum(self, t: Tensor, scope: str) -> Tensor:
         """t [T, n] -> acc [B, n]"""
@@ -180,9 +191,8 @@ class Switch:
         slots, tokens = inputs.counts(ids, self.scope), inputs.valid(self.scope)
         if self.scope == "global_batch" and inputs.global_counts is not None:  # None: not in training
             slots, tokens = inputs.global_counts.add(slots, tokens)
-        f = slots / tokens / (ids.shape[1] if self.divide_by_k else 1)
-        P = inputs.mean_scores(self.scope)
-        return self.coef * E * inputs.over_groups((f * P).sum(1), self.scope)
+        scale = self.coef * E / (ids.shape[1] if self.divide_by_k else 1)
+        return inputs.balance(slots / tokens * scale, self.scope)
 
 
 @dataclass(frozen=True)
@@ -195,7 +205,7 @@ class GShard:
     def __call__(self, inputs: LossInputs) -> Tensor:
         scope = "micro_batch"
         c = inputs.counts(inputs.routing.topk_ids[:, :1], scope) / inputs.valid(scope)
-        return self.coef * (c * inputs.mean_scores(scope)).mean()
+        return inputs.balance(c * (self.coef / inputs.logits.shape[1]), scope)
 
 
 @dataclass(frozen=True)
@@ -209,6 +219,8 @@ class ZLoss:
         if lse is None:
             l = reference.scores(inputs.logits, logit_softcap=inputs.router.logit_softcap)[0]
             lse = reference.log_sum_exp(l, torch.zeros_like(inputs.routing.topk_ids))
+        if inputs.padding_mask is None:
+            return lse.square().sum() * (self.coef / max(lse.shape[0], 1))
         return self.coef * inputs.mean(lse.square()[:, None], "micro_batch").sum()
 
 
@@ -220,8 +232,7 @@ class DeepSeekV2Expert:
     coef: float = 0.003
 
     def __call__(self, inputs: LossInputs) -> Tensor:
-        f, P = _shares(inputs)
-        return self.coef * inputs.over_groups((f * P).sum(1), "sequence")
+        return inputs.balance(self.coef * _share(inputs), "sequence", False)
 
 
 @dataclass(frozen=True)
@@ -234,10 +245,9 @@ class DeepSeekV2Device:
     """D, None: the router's num_expert_group"""
 
     def __call__(self, inputs: LossInputs) -> Tensor:
-        f, P = _shares(inputs)
         D = _devices("DeepSeekV2Device", self.devices, inputs)
-        f, P = f.unflatten(1, (D, -1)).mean(2), P.unflatten(1, (D, -1)).sum(2)
-        return self.coef * inputs.over_groups((f * P).sum(1), "sequence")
+        f = _share(inputs).unflatten(1, (D, -1)).mean(2)
+        return inputs.balance(self.coef * f.repeat_interleave(inputs.logits.shape[1] // D, 1), "sequence", False)
 
 
 @dataclass(frozen=True)
@@ -257,8 +267,8 @@ class DeepSeekV2Comm:
         M = self.limit or inputs.router.topk_group or 1
         device = torch.where((ids >= 0) & (ids < E), ids // (E // D), D)
         sent = inputs.logits.new_zeros((T, D + 1)).detach().scatter(1, device, 1.0)[:, :D]  # a token counts once
-        f, P = D / M * inputs.mean(sent, "sequence"), _shares(inputs)[1].unflatten(1, (D, -1)).sum(2)
-        return self.coef * inputs.over_groups((f * P).sum(1), "sequence")
+        f = D / M * inputs.mean(sent, "sequence")
+        return inputs.balance(self.coef * f.repeat_interleave(E // D, 1), "sequence", False)
 
 
 @dataclass(frozen=True)
@@ -279,8 +289,7 @@ class DeepSeekV3:
             logits, K, mask = inputs.logits.detach(), inputs.routing.topk_ids.shape[1], inputs.padding_mask
             scoring = inputs.router.scoring_func
             ids = ops.route(logits, K, scoring_func=scoring, padding_mask=mask).topk_ids
-        f, P = _shares(inputs, True, ids)
-        return self.coef * inputs.over_groups((f * P).sum(1), "sequence")
+        return inputs.balance(self.coef * _share(inputs, ids), "sequence")
 
 
 @dataclass(frozen=True)
@@ -332,12 +341,11 @@ def squared_cv(t: Tensor) -> Tensor:
     return t.var(correction=0) / (t.mean().square() + 1e-10)
 
 
-def _shares(inputs: LossInputs, normalize: bool = False, ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """f [B, E] = E/(K T) * slots and P [B, E], a sequence."""
+def _share(inputs: LossInputs, ids: Tensor | None = None) -> Tensor:
+    """f [B, E] = E/(K T) * slots, a sequence."""
     ids = inputs.routing.topk_ids if ids is None else ids
     scale = inputs.logits.shape[1] / ids.shape[1]
-    f = inputs.counts(ids, "sequence") * (scale / inputs.valid("sequence"))
-    return f, inputs.mean_scores("sequence", normalize)
+    return inputs.counts(ids, "sequence") * (scale / inputs.valid("sequence"))
 
 
 def _devices(name: str, devices: int | None, inputs: LossInputs) -> int:

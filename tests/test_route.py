@@ -276,3 +276,33 @@ def test_strides(backend, make):
         (grad,) = torch.autograd.grad(got.topk_weights.square().sum(), logits)
         found.append((got.topk_ids, got.topk_weights, grad))
     assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+def hard_rows(E):
+    """Rows whose best are hard to tell apart or to find."""
+    g, up = torch.Generator().manual_seed(0), torch.arange(E, dtype=torch.float32)
+    neighbours = (1.0 + torch.randperm(E, generator=g) * 2.0**-23).float()  # their scores are partly equal
+    deep = torch.where(up % 3 == 0, -85.0 - up / E, -95.0)  # scores below the smallest normal number, and zeros
+    deep[E // 2] = 0.0
+    few = torch.full((E,), -math.inf)
+    few[-3:] = torch.tensor([1.0, 3.0, 1.0])
+    return torch.stack([
+        torch.randn(E, generator=g), up / E, -up / E, torch.zeros(E), neighbours, 80 + neighbours, deep, few, up % 2,
+        torch.randn(E, generator=g).bfloat16().float(),
+    ])  # fmt: skip
+
+
+@pytest.mark.parametrize("E", [3, 16, 33, 256, 700])
+def test_the_k_best_are_the_first_of_all(backend, E):
+    """Whatever K, the choice is the beginning of the order by (score, lowest id); K = E looks at every score."""
+    logits = hard_rows(E)
+    whole = backend.route(logits, E, renormalize=False)
+    scores = torch.zeros_like(logits).scatter(1, whole.topk_ids.long(), whole.topk_weights)
+    scores = torch.where(logits.isfinite(), scores, -1.0)  # out of reach: behind a score of 0
+    order = scores.sort(dim=1, descending=True, stable=True)
+    assert torch.equal(whole.topk_ids.long(), order.indices)
+    for K in {1, 2, 8, E // 2, E - 1}:
+        if 1 <= K <= E:
+            got = backend.route(logits, K, renormalize=False)
+            assert torch.equal(got.topk_ids.long(), order.indices[:, :K]), K
+            assert torch.equal(got.topk_weights, order.values[:, :K].clamp(min=0)), K

@@ -6,6 +6,7 @@
 
 #include "cpu/isa.h"
 #include "experts.h"
+#include "routers.h"
 #include "support.h"
 
 using namespace moe;
@@ -318,6 +319,7 @@ int main() {
     for (const Scoring scoring : {Scoring::softmax, Scoring::sigmoid, Scoring::sqrtsoftplus})
       check_route_backward(workers, scoring);
     check_sum_scores(workers);
+    check_routers(workers);
     check_limit_capacity(workers);
     for (const int64_t align : {1, 8}) check_permutation(workers, align);
     check_grouped_gemm<double>(workers);

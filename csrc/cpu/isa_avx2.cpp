@@ -23,6 +23,7 @@
 #include "tile_impl.h"
 // The rows of tile_impl.h come first: math_impl.h is written on its vectors.
 #include "math_impl.h"
+#include "rank_impl.h"
 #include "router_impl.h"
 #include "table_impl.h"
 #ifdef __clang__

@@ -16,8 +16,9 @@
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))), \
                              apply_to = function)
 #else
-// GCC 12 warns of its own undefined-value idiom inside the half-precision intrinsics.
+// GCC 12 warns of its own undefined-value idiom inside the intrinsics.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
 #endif
 #define MOE_ISA avx512
@@ -26,6 +27,7 @@
 #include "tile_impl.h"
 // The rows of tile_impl.h come first: math_impl.h is written on its vectors.
 #include "math_impl.h"
+#include "rank_impl.h"
 #include "router_impl.h"
 #include "table_impl.h"
 #ifdef __clang__

@@ -5,12 +5,7 @@
 namespace moe::cpu::MOE_ISA {
 
 // exp in float: 2^n * p(r), |r| <= ln2/2, Taylor to r^7 (remainder 5e-9 relative, below half an ulp); 0 below -87.3.
-inline Vec<float> exp_of(Vec<float> x) {
-  const Vec<float> high = Vec<float>{} + 88.72283f, low = Vec<float>{} - 87.33654f;
-  const Vec<float> bounded = x > high ? high : x;
-  const Vec<float> shifted = bounded * 1.44269504f + 12582912.f;  // 1.5 * 2^23: the low bits hold the rounded quotient
-  const Vec<float> n = shifted - 12582912.f;
-  const Vec<float> r = bounded - n * 0.693359375f - n * -2.12194440e-4f;  // ln 2 in two parts
+inline Vec<float> exp_series(Vec<float> r) {
   Vec<float> p = Vec<float>{} + 1.f / 5040;
   p = p * r + 1.f / 720;
   p = p * r + 1.f / 120;
@@ -18,12 +13,26 @@ inline Vec<float> exp_of(Vec<float> x) {
   p = p * r + 1.f / 6;
   p = p * r + .5f;
   p = p * r + 1.f;
-  p = p * r + 1.f;
+  return p * r + 1.f;
+}
+inline Vec<float> exp_of(Vec<float> x) {
+  const Vec<float> high = Vec<float>{} + 88.72283f, low = Vec<float>{} - 87.33654f;
+  const Vec<float> bounded = x > high ? high : x;
+  const Vec<float> shifted = bounded * 1.44269504f + 12582912.f;  // 1.5 * 2^23: the low bits hold the rounded quotient
+  const Vec<float> n = shifted - 12582912.f;
+  const Vec<float> p = exp_series(bounded - n * 0.693359375f - n * -2.12194440e-4f);  // ln 2 in two parts
   // 2^n in two factors, so that n = 128 does not overflow the exponent field.
   const IntVec e = bit_cast<IntVec>(shifted) - 0x4b400000, half = e >> 1;
   const Vec<float> s0 = bit_cast<Vec<float>>((half + 127) << 23), s1 = bit_cast<Vec<float>>((e - half + 127) << 23);
   const Vec<float> y = p * s0 * s1, infinite = Vec<float>{} + __builtin_inff();
   return x < low ? Vec<float>{} : x > high ? infinite : y;
+}
+/// The same of x <= 0 in fewer steps: where the result is not 0, its exponent is in range, and is added to that of p.
+inline Vec<float> exp_below(Vec<float> x) {
+  const Vec<float> shifted = x * 1.44269504f + 12582912.f, n = shifted - 12582912.f;
+  const Vec<float> r = x - n * 0.693359375f - n * -2.12194440e-4f, p = exp_series(r);
+  const Vec<float> y = bit_cast<Vec<float>>(bit_cast<IntVec>(p) + (bit_cast<IntVec>(shifted) << 23));
+  return x < -87.33654f ? Vec<float>{} : y;
 }
 template <class A, class F> inline Vec<A> by_lane(Vec<A> x, F f) {
   for (int i = 0; i < VecOf<A>::lanes; ++i) x[i] = f(x[i]);
@@ -32,6 +41,7 @@ template <class A, class F> inline Vec<A> by_lane(Vec<A> x, F f) {
 inline Vec<double> exp_of(Vec<double> x) {
   return by_lane<double>(x, [](double v) { return std::exp(v); });
 }
+inline Vec<double> exp_below(Vec<double> x) { return exp_of(x); }
 template <class A> inline Vec<A> sigmoid_of(Vec<A> x) { return 1 / (1 + exp_of(-x)); }
 template <class A> inline Vec<A> erf_of(Vec<A> x) {
   return by_lane<A>(x, [](A v) { return std::erf(v); });
@@ -91,53 +101,116 @@ void activate_backward(const ActivationRule& rule, A scale, const A* gate, const
 template <int L, int kBy> struct Rotate {
   static constexpr int lane(int r) { return (r + kBy) % L; }
 };
+// a > b ? a : b and a < b ? a : b, each one instruction; a NaN makes it b.
+#if MOE_VEC_BYTES == 64
+inline Vec<float> larger_of(Vec<float> a, Vec<float> b) { return Vec<float>(_mm512_max_ps(__m512(a), __m512(b))); }
+inline Vec<double> larger_of(Vec<double> a, Vec<double> b) {
+  return Vec<double>(_mm512_max_pd(__m512d(a), __m512d(b)));
+}
+inline Vec<float> smaller_of(Vec<float> a, Vec<float> b) { return Vec<float>(_mm512_min_ps(__m512(a), __m512(b))); }
+inline Vec<double> smaller_of(Vec<double> a, Vec<double> b) {
+  return Vec<double>(_mm512_min_pd(__m512d(a), __m512d(b)));
+}
+#elif MOE_VEC_BYTES == 32
+inline Vec<float> larger_of(Vec<float> a, Vec<float> b) { return Vec<float>(_mm256_max_ps(__m256(a), __m256(b))); }
+inline Vec<double> larger_of(Vec<double> a, Vec<double> b) {
+  return Vec<double>(_mm256_max_pd(__m256d(a), __m256d(b)));
+}
+inline Vec<float> smaller_of(Vec<float> a, Vec<float> b) { return Vec<float>(_mm256_min_ps(__m256(a), __m256(b))); }
+inline Vec<double> smaller_of(Vec<double> a, Vec<double> b) {
+  return Vec<double>(_mm256_min_pd(__m256d(a), __m256d(b)));
+}
+#else
+template <class V> inline V larger_of(V a, V b) { return a > b ? a : b; }
+template <class V> inline V smaller_of(V a, V b) { return a < b ? a : b; }
+#endif
+template <class A, int kBy = VecOf<A>::lanes / 2> inline A lane_max(Vec<A> v) {
+  if constexpr (kBy == 0) return v[0];
+  else return lane_max<A, kBy / 2>(larger_of(v, shuffle_by<A, Rotate<VecOf<A>::lanes, kBy>>(v, v)));
+}
 template <class A, int kBy = VecOf<A>::lanes / 2> inline A lane_sum(Vec<A> v) {  // by halves
   if constexpr (kBy == 0) return v[0];
   else return lane_sum<A, kBy / 2>(v + shuffle_by<A, Rotate<VecOf<A>::lanes, kBy>>(v, v));
 }
 // In float32 the sum is one of whole multiples of 2^-40 (score.h), so that any order of the terms gives the same bits.
-inline float sum_of_exps(const float* row, int64_t count) {
-  int64_t sum = 0;
-  for (int64_t i = 0; i < count; ++i) sum += exact_part(row[i]);
-  return exact_sum(sum);
-}
-inline double sum_of_exps(const double* row, int64_t count) {
-  Vec<double> sum{};
-  for_vectors<double>(count, [&](int64_t i, int64_t lanes) { sum += load_part(row + i, lanes); });
-  return lane_sum<double>(sum);
-}
+// Each term is split in two of 20 bits, of which a lane takes 2^10 in 32 bits.
+template <class A> struct ExpSum {
+  Vec<A> sum{};
+  void add(Vec<A> e) { sum += e; }
+  A total() { return lane_sum<A>(sum); }
+  Vec<A> of_lanes() { return sum; }
+};
+template <> struct ExpSum<float> {
+  static constexpr int L = VecOf<float>::lanes;
+  IntVec high{}, low{};
+  int64_t sums[L] = {};
+  int added = 0;
+  void add(Vec<float> e) {
+    const Vec<float> scaled = e * 0x1p20f;
+    const IntVec whole = __builtin_convertvector(scaled, IntVec);
+    const Vec<float> rest = scaled - __builtin_convertvector(whole, Vec<float>);
+    high += whole, low += __builtin_convertvector(rest * 0x1p20f, IntVec);
+    if (++added == 1 << 10) flush();
+  }
+  void flush() {
+    for (int i = 0; i < L; ++i) sums[i] += (int64_t(high[i]) << 20) + low[i];
+    high = low = IntVec{}, added = 0;
+  }
+  float total() {
+    flush();
+    int64_t sum = 0;
+    for (int i = 0; i < L; ++i) sum += sums[i];
+    return exact_sum(sum);
+  }
+  Vec<float> of_lanes() {
+    flush();
+    Vec<float> v;
+    for (int i = 0; i < L; ++i) v[i] = exact_sum(sums[i]);
+    return v;
+  }
+};
 template <class A> void exp(A* row, A shift, int64_t count) {
   for_vectors<A>(
       count, [&](int64_t i, int64_t lanes) { store_part(row + i, exp_of(load_part(row + i, lanes) - shift), lanes); });
 }
-template <class A> A exp_sum(A* row, A shift, int64_t count) {
-  exp(row, shift, count);
-  return sum_of_exps(row, count);
+template <class A> A exp_sum(const A* row, A shift, A* exps, int64_t count) {
+  ExpSum<A> sum;
+  for_vectors<A>(count, [&](int64_t i, int64_t lanes) {
+    store_part(exps + i, exp_below(load_part(row + i, lanes) - shift), lanes);
+    sum.add(load_part(exps + i, lanes));
+  });
+  return sum.total();
 }
-template <class A> void sigmoid(A* row, int64_t count) {
+template <class A> void sigmoid(const A* row, A* out, int64_t count) {
   for_vectors<A>(
-      count, [&](int64_t i, int64_t lanes) { store_part(row + i, sigmoid_of<A>(load_part(row + i, lanes)), lanes); });
+      count, [&](int64_t i, int64_t lanes) { store_part(out + i, sigmoid_of<A>(load_part(row + i, lanes)), lanes); });
 }
-template <class A> A max_of(const A* row, int64_t count) {  // of numbers; -inf where there is none
-  Vec<A> best = Vec<A>{} - A(__builtin_inff());
-  A rest = best[0];
-  for_vectors<A>(count, [&](int64_t i, int64_t lanes) {
-    if (lanes < VecOf<A>::lanes) {
-      for (int64_t j = 0; j < lanes; ++j) rest = row[i + j] > rest ? row[i + j] : rest;
-    } else {
-      const Vec<A> v = load(row + i);
-      best = v > best ? v : best;
-    }
-  });
-  for (int j = 0; j < VecOf<A>::lanes; ++j) rest = best[j] > rest ? best[j] : rest;
-  return rest;
-}
-template <class A> void clean(A* row, int64_t count) {
+template <class A> inline Vec<A> clean(Vec<A> v) {  // in this order a NaN fails the first comparison
   const Vec<A> low = Vec<A>{} - A(__builtin_inff()), high = Vec<A>{} + A(__FLT_MAX__);
-  for_vectors<A>(count, [&](int64_t i, int64_t lanes) {
-    const Vec<A> v = load_part(row + i, lanes);
-    store_part(row + i, v != v ? low : v > high ? high : v, lanes);
-  });
+  return smaller_of(larger_of(v, low), high);
+}
+template <class A> void clean_row(A* row, int64_t count) {
+  for_vectors<A>(count,
+                 [&](int64_t i, int64_t lanes) { store_part(row + i, clean<A>(load_part(row + i, lanes)), lanes); });
+}
+template <class T> acc_t<T> read_clean(const T* from, acc_t<T>* to, int64_t count) {
+  using A = acc_t<T>;
+  constexpr int L = VecOf<A>::lanes;
+  Vec<A> best = Vec<A>{} - A(__builtin_inff());
+  int64_t i = 0;
+  for (; i + L <= count; i += L) {
+    const Vec<A> v = clean<A>(load(from + i));
+    store(to + i, v);
+    best = larger_of(v, best);
+  }
+  if (i < count) {
+    A rest[L];
+    for (int64_t j = 0; j < L; ++j) rest[j] = i + j < count ? A(from[i + j]) : -A(__builtin_inff());
+    const Vec<A> v = clean<A>(load(rest));
+    store_part(to + i, v, count - i);
+    best = larger_of(v, best);
+  }
+  return lane_max<A>(best);
 }
 template <class A> void divide(A* row, A by, int64_t count) {
   for_vectors<A>(count, [&](int64_t i, int64_t lanes) { store_part(row + i, load_part(row + i, lanes) / by, lanes); });
@@ -151,55 +224,17 @@ template <class A> void choose(const A* score, const A* bias, const A* logit, A*
     store_part(choice + i, load_part(logit + i, lanes) == low ? low : v, lanes);
   });
 }
-// Integers that sort as the numbers do: their maximum takes one cycle, a comparison and a choice of floats five.
-template <class A> using IntOf = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
-template <class A> inline Vec<IntOf<A>> sort_key(Vec<A> v) {
-  using Int = IntOf<A>;
-  const Vec<Int> bits = bit_cast<Vec<Int>>(v + A(0));  // one zero
-  return bits ^ ((bits >> Int(sizeof(A) * 8 - 1)) & std::numeric_limits<Int>::max());
-}
-template <class Int, bool kMax, int kBy = VecOf<Int>::lanes / 2> inline Int lane_best(Vec<Int> v) {
-  if constexpr (kBy == 0) {
-    return v[0];
-  } else {
-    const Vec<Int> w = shuffle_by<Int, Rotate<VecOf<Int>::lanes, kBy>>(v, v);
-    return lane_best<Int, kMax, kBy / 2>((kMax ? w > v : w < v) ? w : v);
-  }
-}
-template <class A> int64_t top_k(A* values, int64_t count, int64_t k, int32_t* best) {
-  using Int = IntOf<A>;
-  constexpr int L = VecOf<A>::lanes;
-  constexpr Int kNone = std::numeric_limits<Int>::max();
-  const Int low = sort_key<A>(Vec<A>{} - A(__builtin_inff()))[0];
-  const int64_t end = (count + L - 1) / L * L;
-  Int* keys = reinterpret_cast<Int*>(values);
-  const auto key_at = [&](int64_t i) {
-    Vec<Int> v;
-    std::memcpy(&v, keys + i, sizeof v);
-    return v;
-  };
-  for (int64_t i = count; i < end; ++i) values[i] = -A(__builtin_inff());
-  for (int64_t i = 0; i < end; i += L) store(values + i, bit_cast<Vec<A>>(sort_key<A>(load(values + i))));
-  Vec<Int> lanes;
-  for (int j = 0; j < L; ++j) lanes[j] = j;
-  for (int64_t i = 0; i < k; ++i) {
-    Vec<Int> top = key_at(0), at = Vec<Int>{} + kNone;
-    for (int64_t j = L; j < end; j += L) top = key_at(j) > top ? key_at(j) : top;
-    const Int highest = lane_best<Int, true>(top);
-    if (highest == low) return i;
-    for (int64_t j = 0; j < end; j += L) {
-      const Vec<Int> found = key_at(j) == highest ? lanes + Int(j) : Vec<Int>{} + kNone;
-      at = found < at ? found : at;
-    }
-    best[i] = int32_t(lane_best<Int, false>(at));
-    std::memcpy(keys + best[i], &low, sizeof low);
-  }
-  return k;
-}
 template <class A> A dot_of(const A* x, const A* y, int64_t count) {
   Vec<A> sum{};
   for_vectors<A>(count, [&](int64_t i, int64_t lanes) { sum += load_part(x + i, lanes) * load_part(y + i, lanes); });
   return lane_sum<A>(sum);
+}
+template <class A> void softmax_backward(const A* exps, A unit, const A* grad, A shift, A* d, int64_t count) {
+  for_vectors<A>(count, [&](int64_t i, int64_t lanes) {
+    Vec<A> pull = Vec<A>{} + shift;
+    if (grad) pull += load_part(grad + i, lanes);
+    store_part(d + i, load_part(exps + i, lanes) * unit * pull, lanes);
+  });
 }
 template <class A> void axpy(A scale, const A* x, A* y, int64_t count) {
   for_vectors<A>(count, [&](int64_t i, int64_t lanes) {

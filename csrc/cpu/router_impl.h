@@ -4,49 +4,31 @@ namespace moe::cpu::MOE_ISA {
 
 // ---- expert choice: tokens side by side
 
-inline void add_exact(const float* exps, int64_t* sums) {
-  for (int64_t t = 0; t < kPanel; ++t) sums[t] += exact_part(exps[t]);
-}
-inline void add_exact(const double* exps, double* sums) {
-  for (int64_t t = 0; t < kPanel; ++t) sums[t] += exps[t];
-}
-inline float total_of(int64_t sum) { return exact_sum(sum); }
-inline double total_of(double sum) { return sum; }
-
 template <class A> void softmax_panel(A* panel, int64_t count) {
   constexpr int L = VecOf<A>::lanes;
   constexpr A infinity = __builtin_inf();
-  std::conditional_t<sizeof(A) == 8, double, int64_t> sums[kPanel] = {};
-  alignas(64) A totals[kPanel];
-  for (int64_t t = 0; t < kPanel; t += L) {
+  for (A* column = panel; column < panel + kPanel; column += L) {
     Vec<A> top = Vec<A>{} - infinity;
     for (int64_t e = 0; e < count; ++e) {
-      const Vec<A> v = load(panel + e * kPanel + t);
-      top = v > top ? v : top;
+      const Vec<A> v = load(column + e * kPanel);
+      top = larger_of(v, top);
     }
     top = top > -infinity ? top : Vec<A>{};
-    for (int64_t e = 0; e < count; ++e) store(panel + e * kPanel + t, exp_of(load(panel + e * kPanel + t) - top));
+    ExpSum<A> sums;
+    for (int64_t e = 0; e < count; ++e) {
+      const Vec<A> exp = exp_below(load(column + e * kPanel) - top);
+      store(column + e * kPanel, exp);
+      sums.add(exp);
+    }
+    const Vec<A> sum = sums.of_lanes();
+    const Vec<A> divisor = sum > 0 ? sum : Vec<A>{} + 1;
+    for (int64_t e = 0; e < count; ++e) store(column + e * kPanel, load(column + e * kPanel) / divisor);
   }
-  for (int64_t e = 0; e < count; ++e) add_exact(panel + e * kPanel, sums);
-  for (int64_t t = 0; t < kPanel; ++t) totals[t] = sums[t] > 0 ? total_of(sums[t]) : A(1);
-  for (int64_t e = 0; e < count; ++e)
-    for (int64_t t = 0; t < kPanel; t += L)
-      store(panel + e * kPanel + t, load(panel + e * kPanel + t) / load(totals + t));
 }
 
-/// Calls f(values at i, i) for whole vectors; what is left over is filled up with -1.
-template <class A, class F> inline void for_filled(const A* values, int64_t count, F f) {
-  constexpr int L = VecOf<A>::lanes;
-  int64_t i = 0;
-  for (; i + L <= count; i += L) f(load(values + i), i);
-  if (i == count) return;
-  A rest[L];
-  for (int64_t j = 0; j < L; ++j) rest[j] = i + j < count ? values[i + j] : A(-1);
-  f(load(rest), i);
-}
 template <class A> inline int64_t count_from(const A* values, int64_t count, A least) {
   Vec<IntOf<A>> found{};
-  for_filled<A>(values, count, [&](Vec<A> v, int64_t) { found -= v >= least; });
+  for_filled<A>(values, count, A(-1), [&](Vec<A> v, int64_t) { found -= v >= least; });
   int64_t sum = 0;
   for (int j = 0; j < VecOf<A>::lanes; ++j) sum += found[j];
   return sum;
@@ -66,16 +48,14 @@ template <class A> void cut(const A* values, int64_t count, int64_t best, A* lea
   }
   Vec<A> smallest = Vec<A>{} + A(2);
   const A bound = bit_cast<A>(bits);
-  for_filled<A>(values, count, [&](Vec<A> v, int64_t) { smallest = v >= bound && v < smallest ? v : smallest; });
+  for_filled<A>(values, count, A(-1), [&](Vec<A> v, int64_t) { smallest = v >= bound && v < smallest ? v : smallest; });
   *least = smallest[0];
   for (int j = 1; j < VecOf<A>::lanes; ++j) *least = smallest[j] < *least ? smallest[j] : *least;
   const A next = bit_cast<A>(Int(bit_cast<Int>(*least) + 1));
   int64_t room = best - count_from<A>(values, count, next);
-  for_filled<A>(values, count, [&](Vec<A> v, int64_t i) {
-    const Vec<Int> equal = v == *least;
-    if (lane_best<Int, false>(equal) == 0) return;
-    for (int j = 0; j < VecOf<A>::lanes; ++j)
-      if (equal[j] != 0 && room > 0) *last = i + j, --room;
+  for_filled<A>(values, count, A(-1), [&](Vec<A> v, int64_t i) {
+    for (uint32_t equal = lanes_equal(v, Vec<A>{} + *least); equal != 0 && room > 0; equal &= equal - 1, --room)
+      *last = i + __builtin_ctz(equal);
   });
 }
 

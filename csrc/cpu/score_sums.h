@@ -37,33 +37,32 @@ void sum_in_blocks(const Workers& workers, int64_t T, int64_t B, int64_t E, A* r
     math<A>().axpy(A(1), parts + task * E, sums + task / cut.blocks * E, E);
 }
 
-/// What a token's scores are divided by: their sum where asked for and above 0. Those of a softmax add up to 1.
-template <class A> A divisor_of(Scoring scoring, bool normalize, const A* s, int64_t E) {
-  if (!normalize || scoring == Scoring::softmax) return A(1);
+/// What a token's scores are divided by: their sum where asked for and above 0. Of a softmax s are the exponentials.
+template <class A> A divisor_of(Scoring scoring, bool normalize, const A* s, A sum, int64_t E) {
+  if (scoring == Scoring::softmax) return sum;
+  if (!normalize) return A(1);
   constexpr int64_t kLanes = 16;
-  A lanes[kLanes] = {}, sum = 0;
+  A lanes[kLanes] = {}, total = 0;
   int64_t e = 0;
   for (; e + kLanes <= E; e += kLanes)
     for (int64_t i = 0; i < kLanes; ++i) lanes[i] += s[e + i];
-  for (A lane : lanes) sum += lane;
-  for (; e < E; ++e) sum += s[e];
-  return sum > 0 ? sum : A(1);
+  for (A lane : lanes) total += lane;
+  for (; e < E; ++e) total += s[e];
+  return total > 0 ? total : A(1);
 }
 
-template <class A> void add_scores(Scoring scoring, bool normalize, const A* s, int64_t E, A* sums) {
-  math<A>().axpy(1 / divisor_of(scoring, normalize, s, E), s, sums, E);
+/// s and sum are those of `score` (scores.h).
+template <class A> void add_scores(Scoring scoring, bool normalize, const A* s, A sum, int64_t E, A* sums) {
+  math<A>().axpy(1 / divisor_of(scoring, normalize, s, sum, E), s, sums, E);
 }
 
-/// d = d score from grad, that of the sums of the token's group. Returns <d, s> for softmax, which score_backward
-/// wants.
-template <class A> A add_scores_backward(Scoring scoring, bool normalize, const A* grad, const A* s, int64_t E, A* d) {
-  if (!normalize || scoring == Scoring::softmax) {
-    std::copy_n(grad, E, d);
-    return scoring == Scoring::softmax ? math<A>().dot(grad, s, E) : A(0);
-  }
-  const A total = divisor_of(scoring, normalize, s, E), mean = math<A>().dot(grad, s, E) / total, scale = 1 / total;
+/// d = d score from grad, that of the sums of the token's group, or 0 where there is none; not for a softmax.
+template <class A> void add_scores_backward(bool normalize, const A* grad, const A* s, int64_t E, A* d) {
+  if (!grad) return void(std::fill_n(d, E, A(0)));
+  if (!normalize) return void(std::copy_n(grad, E, d));
+  const A total = divisor_of(Scoring::sigmoid, true, s, A(1), E), scale = 1 / total;
+  const A mean = math<A>().dot(grad, s, E) / total;
   for (int64_t e = 0; e < E; ++e) d[e] = (grad[e] - mean) * scale;
-  return A(0);
 }
 
 }  // namespace moe::cpu

@@ -17,13 +17,15 @@ using sinkhorn::kTileSums, sinkhorn::kTileTokens;
 template <class A> struct Parts {
   A *tops, *rows, *columns, *next;  // [tiles], [T], [E], [E]
   A *tiles, *sums;                  // [tiles, E], [kTileSums, E]
-  A *l, *s;                         // a worker's rows of E, with room for whole vectors
+  A *l, *s;                         // a worker's rows of E
+  void* room;                       // and what top_k wants
   int32_t* live;                    // [tiles] tokens
   Parts(Workspace& space, const SinkhornArgs& args, int32_t worker) {
     const int64_t count = ceil_div(args.T, kTileTokens), E = args.E;
     tops = space.take<A>(count), rows = space.take<A>(args.T), columns = space.take<A>(E), next = space.take<A>(E);
     tiles = space.take<A>(count * E), sums = space.take<A>(kTileSums * E), live = space.take<int32_t>(count);
-    for (int32_t i = 0; i <= worker; ++i) l = space.take<A>(E), s = space.take<A>(E);
+    for (int32_t i = 0; i <= worker; ++i)
+      l = space.take<A>(E), s = space.take<A>(E), room = space.take<char>(top_k_bytes<A>(args.K));
   }
   static Parts of(const SinkhornArgs& args, int32_t worker) {
     Workspace space(args.workspace);
@@ -66,9 +68,7 @@ template <class T> int64_t read_logits(const SinkhornArgs& args, const Workers& 
       if (!is_token(args, t)) std::fill_n(plan_of<T>(args, t), args.E, A(0));
     for_stretches(args, begin, end, [&](int64_t first, int64_t count) {
       A* l = plan_of<T>(args, first);
-      tile<T>().widen(logits_of<T>(args, first), l, count * args.E);
-      math<A>().clean(l, count * args.E);
-      best = std::max(best, math<A>().max(l, count * args.E));
+      best = std::max(best, tile<T>().read_clean(logits_of<T>(args, first), l, count * args.E));
       live += int32_t(count);
     });
     whole.tops[at] = best, whole.live[at] = live;
@@ -111,12 +111,14 @@ template <class A> A balance_columns(const SinkhornArgs& args, const Parts<A>& w
 }
 
 /// The plan of a token and its K best.
-template <class T> void choose(const SinkhornArgs& args, int64_t t, const Parts<acc_t<T>>& whole, acc_t<T>* s) {
-  acc_t<T>* plan = plan_of<T>(args, t);
+template <class T> void choose(const SinkhornArgs& args, int64_t t, const Parts<acc_t<T>>& whole, void* room) {
+  using A = acc_t<T>;
+  A* plan = plan_of<T>(args, t);
   int32_t* ids = args.topk_ids + t * args.K;
   if (!is_token(args, t)) return void(std::fill_n(ids, args.K, -1));
-  for (int64_t e = 0; e < args.E; ++e) s[e] = plan[e] = whole.rows[t] * plan[e] * whole.columns[e];
-  math<acc_t<T>>().top_k(s, args.E, args.K, ids);
+  for (int64_t e = 0; e < args.E; ++e) plan[e] = whole.rows[t] * plan[e] * whole.columns[e];
+  A* best = static_cast<A*>(args.topk_weights) + t * args.K;  // which come later
+  math<A>().top_k({plan, args.E, args.K, A(1), best, ids, room});
 }
 
 /// The weights of the tokens begin .. end: the sigmoid of one logit each, or a softmax of the whole row.
@@ -129,16 +131,16 @@ template <class T> void weigh(const SinkhornArgs& args, int64_t begin, int64_t e
     const int32_t* ids = args.topk_ids + t * K;
     if (K == 1) {
       weights[t] = is_token(args, t) ? A(row[ids[0]]) : -std::numeric_limits<A>::infinity();  // its sigmoid is 0
-    } else if (is_token(args, t) && clean_logits(row, args.E, 0, l, s)) {
-      score(Scoring::softmax, l, args.E, s);
-      for (int64_t k = 0; k < K; ++k) weights[t * K + k] = s[ids[k]];
     } else {
-      std::fill_n(weights + t * K, K, A(0));
+      const A top = is_token(args, t) ? clean_logits(row, args.E, 0, l, s) : -std::numeric_limits<A>::infinity();
+      const bool any = top > -std::numeric_limits<A>::infinity();
+      const A sum = any ? score(Scoring::softmax, l, top, args.E, s) : A(1);
+      for (int64_t k = 0; k < K; ++k) weights[t * K + k] = any ? s[ids[k]] / sum : A(0);
     }
   }
   if (K > 1) return;
   math<A>().clean(weights + begin, end - begin);
-  math<A>().sigmoid(weights + begin, end - begin);
+  math<A>().sigmoid(weights + begin, weights + begin, end - begin);
 }
 
 template <class T> void run(const SinkhornArgs& args, const Workers& workers) {
@@ -161,7 +163,7 @@ template <class T> void run(const SinkhornArgs& args, const Workers& workers) {
   *args.iterations = iterations;
   for_tiles(args, workers, [&](int32_t worker, int64_t, int64_t begin, int64_t end) {
     const Parts<A> mine = Parts<A>::of(args, worker);
-    for (int64_t t = begin; t < end; ++t) choose<T>(args, t, w, mine.s);
+    for (int64_t t = begin; t < end; ++t) choose<T>(args, t, w, mine.room);
     weigh<T>(args, begin, end, mine.l, mine.s);
   });
 }

@@ -17,23 +17,32 @@ template <class A> struct Rows {  // a worker's logits, scores and gradients
   }
 };
 
-template <class T, class Args, class A> bool scores_of(const Args& args, int64_t t, const Rows<A>& rows) {
+/// What clean_logits returned: -inf where the token has no scores; `sum` is what score returned.
+template <class T, class Args, class A> A scores_of(const Args& args, int64_t t, const Rows<A>& rows, A* sum) {
   const T* row = static_cast<const T*>(args.logits) + t * args.logits_stride;
-  if (args.padding_mask && !args.padding_mask[t]) return false;
-  if (!clean_logits(row, args.E, args.rule.logit_softcap, rows.l, rows.s)) return false;
-  score(args.rule.scoring, rows.l, args.E, rows.s);
-  return true;
+  constexpr A low = -std::numeric_limits<A>::infinity();
+  if (args.padding_mask && !args.padding_mask[t]) return low;
+  const A top = clean_logits(row, args.E, args.rule.logit_softcap, rows.l, rows.s);
+  if (top > low) *sum = score(args.rule.scoring, rows.l, top, args.E, rows.s);
+  return top;
 }
 
 template <class T> void backward_token(const SumScoresBackwardArgs& args, int64_t t, const Rows<acc_t<T>>& rows) {
   using A = acc_t<T>;
   const T* row = static_cast<const T*>(args.logits) + t * args.logits_stride;
   const A* grad = static_cast<const A*>(args.grad_sums) + t / (args.T / args.B) * args.E;
-  if (scores_of<T>(args, t, rows)) {
-    const A mean = add_scores_backward(args.rule.scoring, args.normalize, grad, rows.s, args.E, rows.d);
-    score_backward(args.rule, row, rows.l, rows.s, mean, A(0), args.E, rows.d);
-  } else {
+  A sum;
+  const A top = scores_of<T>(args, t, rows, &sum);
+  if (!(top > -std::numeric_limits<A>::infinity())) {
     std::fill_n(rows.d, args.E, A(0));
+  } else if (args.rule.scoring == Scoring::softmax) {
+    const A mean = math<A>().dot(grad, rows.s, args.E) / sum;
+    math<A>().softmax_backward(rows.s, 1 / sum, grad, -mean, rows.d, args.E);
+    unclean(args.rule, row, rows.l, top, args.E, rows.d);
+  } else {
+    add_scores_backward(args.normalize, grad, rows.s, args.E, rows.d);
+    unscore(args.rule.scoring, rows.l, rows.s, args.E, rows.d);
+    unclean(args.rule, row, rows.l, top, args.E, rows.d);
   }
   tile<T>().narrow(rows.d, 0, static_cast<T*>(args.grad_logits) + t * args.E, 0, 1, args.E);
 }
@@ -54,9 +63,10 @@ void sum_scores(const SumScoresArgs& args, const Workers& workers) {
     sum_in_blocks(workers, args.T, args.B, args.E, parts, static_cast<A*>(args.sums),
                   [&](int32_t worker, int64_t begin, int64_t end, A* sums) {
                     const Rows<A> rows(rest, args.E, worker);
+                    A sum;
                     for (int64_t t = begin; t < end; ++t)
-                      if (scores_of<T>(args, t, rows))
-                        add_scores(args.rule.scoring, args.normalize, rows.s, args.E, sums);
+                      if (scores_of<T>(args, t, rows, &sum) > -std::numeric_limits<A>::infinity())
+                        add_scores(args.rule.scoring, args.normalize, rows.s, sum, args.E, sums);
                   });
   });
 }

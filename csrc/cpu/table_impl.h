@@ -1,18 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
-// The table of an instruction set, from what tile_impl.h, math_impl.h and router_impl.h have defined.
+// The table of an instruction set, from what the other files *_impl.h have defined.
 namespace moe::cpu::MOE_ISA {
 
+template <class T> constexpr Tile<T> make_tile() {
+  return {dot<T>, outer<T>, transpose<T>, gather<T>, widen<T>, read_clean<T>, narrow<T>};
+}
 template <class A> constexpr Math<A> make_math() {
   return {.activate = activate<A>,
           .activate_backward = activate_backward<A>,
           .exp = exp<A>,
           .exp_sum = exp_sum<A>,
           .sigmoid = sigmoid<A>,
-          .max = max_of<A>,
-          .clean = clean<A>,
+          .clean = clean_row<A>,
           .divide = divide<A>,
           .choose = choose<A>,
           .top_k = top_k<A>,
+          .sum_of_best = sum_of_best<A>,
+          .softmax_backward = softmax_backward<A>,
           .dot = dot_of<A>,
           .axpy = axpy<A>,
           .softmax_panel = softmax_panel<A>,

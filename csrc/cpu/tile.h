@@ -40,6 +40,8 @@ template <class T> struct Tile {
   /// panel[k][0 .. width) = row k of b, n values and then zeros; rows stand b_stride apart, or where index says.
   void (*gather)(const T* b, int64_t b_stride, const int32_t* index, int64_t n, int64_t k, A* panel, int64_t width);
   void (*widen)(const T*, A*, int64_t count);
+  /// The same with NaN as -inf and +inf as the largest finite float; returns the largest.
+  A (*read_clean)(const T*, A*, int64_t count);
   void (*narrow)(const A* from, int64_t from_stride, T* to, int64_t to_stride, int64_t rows, int64_t n);
 };
 
@@ -52,24 +54,39 @@ template <class A> struct BalanceTile {
   A *rows, *sums;
 };
 
+/// The k best of values / divisor in descending order, ties to the lowest index, -inf never: top_k returns how many
+/// there were. What the division makes equal is equal, unless the k-th best is below the smallest normal number.
+template <class A> struct TopK {
+  const A* values;  // [count]
+  int64_t count, k;
+  A divisor;
+  A* best;       // [k] values / divisor
+  int32_t* ids;  // [k]
+  void* room;    // top_k_bytes
+};
+constexpr int64_t top_k_candidates(int64_t k) { return (2 * k + 160) / 16 * 16; }
+template <class A> constexpr int64_t top_k_bytes(int64_t k) {
+  return top_k_candidates(k) * int64_t(4 * sizeof(A) + 2 * sizeof(int32_t));
+}
+
 template <class A> struct Math {
   /// out = act(gate) * up, or act(gate) where up is null. In place is fine.
   void (*activate)(const ActivationRule&, const A* gate, const A* up, A* out, int64_t count);
   /// The same as `act`, and the gradients of scale * grad_out through it (grad_up only where up is given).
   void (*activate_backward)(const ActivationRule&, A scale, const A* gate, const A* up, const A* grad_out, A* grad_gate,
                             A* grad_up, A* act, int64_t count);
-  void (*exp)(A* row, A shift, int64_t count);   // row = exp(row - shift)
-  A (*exp_sum)(A* row, A shift, int64_t count);  // row = exp(row - shift); returns the sum, in lane order
-  void (*sigmoid)(A* row, int64_t count);
-  A (*max)(const A* row, int64_t count);
+  void (*exp)(A* row, A shift, int64_t count);  // row = exp(row - shift)
+  /// exps = exp(row - shift), where no number exceeds shift; returns their sum. In place is fine.
+  A (*exp_sum)(const A* row, A shift, A* exps, int64_t count);
+  void (*sigmoid)(const A* row, A* out, int64_t count);  // in place is fine
   /// In place: NaN to -inf, +inf to the largest finite float.
   void (*clean)(A* row, int64_t count);
   void (*divide)(A* row, A by, int64_t count);
   /// choice = score + bias (which may be null); -inf where logit is -inf or the sum is NaN.
   void (*choose)(const A* score, const A* bias, const A* logit, A* choice, int64_t count);
-  /// The k best of values in descending order, ties to the lowest index; stops and returns how many there were where
-  /// only -inf is left. values is used up and needs room for whole vectors.
-  int64_t (*top_k)(A* values, int64_t count, int64_t k, int32_t* best);
+  int64_t (*top_k)(const TopK<A>&);
+  A (*sum_of_best)(const A* values, int64_t count, int64_t top);  // the sum of the `top` largest, the largest first
+  void (*softmax_backward)(const A* exps, A unit, const A* grad, A shift, A* d, int64_t count);
   A (*dot)(const A*, const A*, int64_t count);
   void (*axpy)(A scale, const A* x, A* y, int64_t count);  // y += scale * x
   /// panel [count][kPanel], a token a column: its softmax over the rows, in place; a column of -inf becomes 0.

@@ -380,8 +380,4 @@ void narrow(const acc_t<T>* from, int64_t from_stride, T* to, int64_t to_stride,
   for (int64_t r = 0; r < rows; ++r) narrow_row(from + r * from_stride, to + r * to_stride, n);
 }
 
-template <class T> constexpr Tile<T> make_tile() {
-  return {dot<T>, outer<T>, transpose<T>, gather<T>, widen<T>, narrow<T>};
-}
-
 }  // namespace moe::cpu::MOE_ISA
