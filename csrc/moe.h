@@ -254,6 +254,7 @@ struct ExpertMlp {
   const void* x;        // [T, H]
   int64_t x_stride;
   Weight w13, w2;                 // (n = 2I | I, k = H), (n = H, k = I)
+  Weight plain13, plain2;         // beside packed ones: the same, row-major, for experts of few rows; or no data
   const void* w13_bias;           // [E, 2I | I] weight_dtype, or null
   const void* w2_bias;            // [E, H] weight_dtype, or null
   const void* topk_weights;       // [S] acc

@@ -6,8 +6,9 @@ from ._version import __version__
 
 _build.load()
 
-from . import balance, draws, interop, losses, presets, reference, routers  # noqa: E402
+from . import auto_pack, balance, draws, interop, losses, presets, reference, routers  # noqa: E402
 from . import hf as _hf  # noqa: E402  the ops come after the library that implements them
+from .auto_pack import repack  # noqa: E402
 from .balance import Balance, Reinit  # noqa: E402
 from .capacity import Capacity, limit_capacity  # noqa: E402
 from .dropout import Dropout  # noqa: E402
@@ -49,6 +50,7 @@ __all__ = [
     "Router",
     "Routing",
     "__version__",
+    "auto_pack",
     "balance",
     "draws",
     "explain",
@@ -62,6 +64,7 @@ __all__ = [
     "plan",
     "presets",
     "reference",
+    "repack",
     "replace",
     "restore",
     "route",

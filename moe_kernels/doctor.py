@@ -10,10 +10,10 @@ import platform
 
 import torch
 
-from . import _build, hf, ops
+from . import _build, auto_pack, hf, ops
 
 OPS = ("route", "permute", "grouped_gemm", "unpermute", "fused_experts", "pack_experts")
-VARIABLES = ("MOE_KERNELS_STRICT", "MOE_KERNELS_DEBUG", "MOE_KERNELS_ISA", "MOE_KERNELS_CACHE")
+VARIABLES = ("MOE_KERNELS_STRICT", "MOE_KERNELS_DEBUG", "MOE_KERNELS_ISA", "MOE_KERNELS_CACHE", auto_pack.VARIABLE)
 OPTIONAL = {
     "transformers": 'the demo and experts_implementation="moe_kernels": pip install "transformers>=5.0"',
     "safetensors": "reading checkpoints: pip install safetensors",
@@ -56,6 +56,7 @@ def report() -> tuple[list[str], list[str]]:
         for device in devices:
             backend, why = ops.backend_of(op, device)
             lines.append(f"  {op:<14}{device:<6}{backend}" + (f" ({why})" if why else ""))
+    lines += ["", "Layers pack their weights in inference on a CPU:", *(f"  {line}" for line in auto_pack.report())]
     lines += ["", "Hugging Face:", f"  {_hugging_face()}", "", "Optional packages:"]
     for name, purpose in OPTIONAL.items():
         version = installed(name)

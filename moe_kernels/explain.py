@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import _build, check
+from . import _build, auto_pack, check
 from .fallback import PANEL, backend_of
 from .schemas import SCHEMAS, allow_tf32
 
@@ -149,6 +149,10 @@ def _cpu_choices(op: str, s: Sizes, _name: str) -> tuple[str, list[tuple[str, st
         said.append(text)
     if op == "fused_experts_backward":
         said.append("weight gradients: packed, 32 columns")
+    elif op == "fused_experts":
+        packs, why = auto_pack.explain(s.T, s.H, s.I, s.E, s.gated, s.transposed, s.bytes)
+        said += [packs] if packs else []
+        refused += [("packed copy of a layer", why)] if why else []
     return "; ".join(said) or "one way for every size", refused
 
 

@@ -217,8 +217,8 @@ def _unpanels(packed: Tensor, units: int) -> Tensor:
 
 
 def fused_experts_packed(x, packed13, packed2, intermediate_size, topk_weights, topk_ids, w13_bias, w2_bias, expert_map,
-                         hidden_mask, activation, gated, weight_on_input, swiglu_limit,
-                         swiglu_alpha):  # fmt: skip
+                         hidden_mask, activation, gated, weight_on_input, swiglu_limit, swiglu_alpha, _w13=None,
+                         _w2=None):  # fmt: skip
     w13 = torch.cat([_unpanels(part, intermediate_size) for part in packed13.unbind(2)], 1)
     w2 = _unpanels(packed2, x.shape[1])
     forward = _experts(topk_ids, expert_map, hidden_mask, activation, gated, False, False, weight_on_input,

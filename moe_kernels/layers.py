@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import check, ops, reference
+from . import auto_pack, check, reference
 from .capacity import Capacity
 from .dropout import Dropout
 from .losses import GlobalCounts, Load, Loss, LossInputs, ZLoss, groups_of, resolve, sums_wanted
@@ -34,7 +34,7 @@ from .schemas import ACTIVATIONS, acc_dtype
 
 
 class Experts(nn.Module):
-    """E expert MLPs: their weights, and `fused_experts` on them."""
+    """E expert MLPs: their weights, and `fused_experts` on them, packed in inference on a CPU (`auto_pack`)."""
 
     def __init__(self, hidden_size: int, intermediate_size: int, num_experts: int, *, activation: str = "silu",
                  gated: bool = True, bias: bool = False, interleaved: bool = False, swiglu_limit: float = 7.0,
@@ -68,8 +68,8 @@ class Experts(nn.Module):
         main_grads: dict[str, Any] = {}
         if self.gradient_accumulation_fusion:
             main_grads = {f"{name}_main_grad": self._main_grad(name) for name in ("w13", "w2")}
-        return ops.fused_experts(
-            x, self.w13, self.w2, topk_weights, topk_ids, w13_bias=self.w13_bias, w2_bias=self.w2_bias,
+        return auto_pack.fused_experts(
+            self, x, self.w13, self.w2, topk_weights, topk_ids, w13_bias=self.w13_bias, w2_bias=self.w2_bias,
             apply_router_weight_on_input=weight_on_input, hidden_mask=hidden_mask, **self.options, **main_grads,
         )  # fmt: skip
 

@@ -73,10 +73,11 @@ SCHEMAS = {
     # -> packed13 [E, ceil(I/32), 2 or 1, H, 32], packed2 [E, ceil(H/32), I, 32]; column c of panel p is unit p*32 + c
     "pack_experts": "(Tensor w13, Tensor w2, bool gated, bool interleaved, bool transposed, int dtype) "
     "-> (Tensor, Tensor)",
-    # -> y [T, H]; w13_bias is [gate; up], never interleaved
+    # -> y [T, H]; w13_bias is [gate; up], never interleaved; w13, w2: the same row-major, for experts of few rows
     "fused_experts_packed": "(Tensor x, Tensor packed13, Tensor packed2, int intermediate_size, Tensor topk_weights, "
     "Tensor topk_ids, Tensor? w13_bias, Tensor? w2_bias, Tensor? expert_map, Tensor? hidden_mask, int activation, "
-    "bool gated, bool weight_on_input, float swiglu_limit, float swiglu_alpha) -> Tensor",
+    "bool gated, bool weight_on_input, float swiglu_limit, float swiglu_alpha, Tensor? w13=None, Tensor? w2=None) "
+    "-> Tensor",
 }
 
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")

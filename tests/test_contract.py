@@ -139,12 +139,14 @@ def test_python_imports_go_down():
         "fallback": {"_build", "reference", "schemas"}, "fakes": {"fallback", "schemas"}, "autograd": {"schemas"},
         "packed": {"check", "schemas"}, "testing": {"reference", "schemas"},
         "ops": {"check", "fakes", "fallback", "autograd", "packed", "reference", "schemas"},
+        "auto_pack": {"_build", "check", "ops", "schemas"},
         "draws": set(), "capacity": {"check", "draws", "ops", "routers"}, "dropout": {"check", "draws", "routers"},
         "losses": {"check", "ops", "reference", "routers", "schemas"}, "presets": {"capacity", "losses", "routers"},
         "watch": {"layers", "losses", "routers"}, "balance": {"check", "draws", "layers", "routers", "watch"},
         "monitor": {"check", "watch"}, "plots": {"check"},
         "placement": {"check"},
-        "layers": {"capacity", "check", "dropout", "losses", "ops", "presets", "reference", "routers", "schemas", "hf"},
+        "layers": {"auto_pack", "capacity", "check", "dropout", "losses", "ops", "presets", "reference", "routers",
+                   "schemas", "hf"},
     }  # fmt: skip
     for module, allowed in below.items():
         found = imported(PACKAGE / f"{module}.py", level=1)

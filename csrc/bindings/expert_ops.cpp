@@ -165,6 +165,7 @@ Tensor pack(const Tensor& w, bool transposed, int64_t parts, bool interleaved, D
   const int64_t E = w.size(0), N = w.size(transposed ? 2 : 1) / parts, K = w.size(transposed ? 1 : 2);
   const int64_t panels = (N + kPanel - 1) / kPanel, size = K * kPanel;
   Tensor packed = empty(w, {E, panels, parts, K, kPanel}, scalar_of(dtype));
+  ask_for_huge_pages(packed, packed.numel() * dtype_bytes(dtype));
   for (int64_t part = 0; part < parts; ++part) {
     Weight one = whole;
     const int64_t first = interleaved ? part : part * N;
@@ -189,7 +190,8 @@ std::tuple<Tensor, Tensor> pack_experts(const Tensor& w13, const Tensor& w2, boo
 Tensor fused_experts_packed(const Tensor& x, const Tensor& packed13, const Tensor& packed2, int64_t I,
                             const Tensor& topk_weights, const Tensor& topk_ids, const MaybeTensor& w13_bias,
                             const MaybeTensor& w2_bias, const MaybeTensor& expert_map, const MaybeTensor& hidden_mask,
-                            int64_t activation, bool gated, bool weight_on_input, double limit, double alpha) {
+                            int64_t activation, bool gated, bool weight_on_input, double limit, double alpha,
+                            const MaybeTensor& w13, const MaybeTensor& w2) {
   constexpr const char* op = "fused_experts_packed";
   require(packed13.dim() == 5 && packed2.dim() == 4 && packed13.is_contiguous() && packed2.is_contiguous(), op,
           ": the weights must come from pack_experts");
@@ -200,6 +202,12 @@ Tensor fused_experts_packed(const Tensor& x, const Tensor& packed13, const Tenso
   want(op, "packed13", packed13, {E, (I + W - 1) / W, gated ? 2 : 1, p.H, W});
   want(op, "packed2", packed2, {E, (p.H + W - 1) / W, I, W});
   require(packed2.scalar_type() == packed13.scalar_type(), op, ": packed13 and packed2 must have one dtype");
+  require(w13.has_value() == w2.has_value(), op, ": w13 and w2 must be given both or neither");
+  if (w13) {
+    require(w13->scalar_type() == packed13.scalar_type(), op, ": w13 and packed13 must have one dtype");
+    mlp.set_weights(op, *w13, *w2, false, false);
+    p.plain13 = p.w13, p.plain2 = p.w2;
+  }
   p.w13 = {packed13.const_data_ptr(), packed13.stride(0), 1, W, p.H * W, true};
   p.w2 = {packed2.const_data_ptr(), packed2.stride(0), 1, W, I * W, true};
   Tensor y = empty(mlp.x, {p.T, p.H}, x.scalar_type());

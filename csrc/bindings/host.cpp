@@ -68,6 +68,7 @@ PYBIND11_MODULE(_host, m) {
       "The level in use; RuntimeError if MOE_KERNELS_ISA is no level.");
   m.def("isa_levels", &isa_levels, "The levels that this processor has, lowest first.");
   m.attr("token_block") = kTokenBlock;
+  m.attr("dot_rows") = kDotRows;
   m.attr("few_tokens") = moe::kFewTokens;
   m.def("panel_way", &panel_way, "(refused, way, columns, depth) of a product with a weight of these strides.",
         py::arg("row_stride"), py::arg("col_stride"), py::arg("padded"), py::arg("bytes"), py::arg("n"),

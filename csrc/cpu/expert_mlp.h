@@ -75,7 +75,7 @@ template <class W> class FirstProduct {
 
  private:
   static Panel<W> panel(const ExpertMlp& p, int64_t e, int64_t first, int64_t units, int64_t rows) {
-    const Weight& w = p.w13;
+    const Weight& w = p.plain13.data && rows < kDotRows ? p.plain13 : p.w13;
     if (!p.gated) return Panel<W>::columns(w, e, first / kPanel, units, p.H, rows);
     // Gate, up, gate, up .. is 64 columns in a row; packed panels alternate.
     if (p.interleaved) return Panel<W>::columns(w, e, 2 * first / kPanel, 2 * units, p.H, rows);
@@ -117,6 +117,7 @@ template <class W> struct Combine {
   int64_t k;
   void* out;        // [T, H]
   int64_t columns;  // of a task, a multiple of 64
+  Weight plain{};   // beside a packed w, as ExpertMlp has it
 
   int64_t column_blocks() const { return ceil_div(rows.p.H, columns); }
   int64_t tasks() const { return column_blocks() * ceil_div(rows.p.T, kTokenBlock); }
@@ -145,7 +146,8 @@ template <class W> struct Combine {
 
   /// The weight of expert e for at most 64 columns of the output.
   Panel<W> panel(int64_t e, int64_t h) const {
-    return Panel<W>::columns(w, e, h / kPanel, std::min(kPair, rows.p.H - h), k, rows.end(e) - rows.begin(e));
+    const int64_t n = std::min(kPair, rows.p.H - h), count = rows.end(e) - rows.begin(e);
+    return Panel<W>::columns(plain.data && count < kDotRows ? plain : w, e, h / kPanel, n, k, count);
   }
 
   /// y[token][0 .. 64) += scale * (the rows of expert e times columns h.. of its weight). Meanwhile `next` is fetched.

@@ -70,7 +70,7 @@ template <class W> void run(const FusedExpertsArgs& args, const Workers& workers
   // 2. y = sum over slots of weight * (act W2^T + bias)
   const auto scale = [&](int64_t row) { return p.weight_on_input ? A(1) : weights[p.row_to_slot[row]]; };
   const int64_t columns = combine_panels(p, workers.count) * kPair;
-  const Combine<W> combine{rows, {buffers.act, p.I}, p.w2, p.w2_bias, p.I, args.y, columns};
+  const Combine<W> combine{rows, {buffers.act, p.I}, p.w2, p.w2_bias, p.I, args.y, columns, p.plain2};
   for_tasks(workers, combine.tasks(),
             [&](int32_t worker, int64_t task) { combine.run(task, scale, buffers.of(worker)); });
 }

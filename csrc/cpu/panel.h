@@ -34,7 +34,7 @@ template <class W> class Panel {
   /// Columns 0.. from `first` and 32.. from `second` (n may be 0), k contracted, to be used for about `rows` rows. A
   /// left operand that runs by column cannot be dotted.
   Panel(const Weight& w, Half first, Half second, int64_t k, int64_t rows, bool by_column = false)
-      : w_(w), half_{first, second}, k_(k), width_(second.n > 0 ? kPair : kPanel) {
+      : w_(w), half_{first, second}, k_(k), rows_(rows), width_(second.n > 0 ? kPair : kPanel) {
     const int64_t n = first.n + second.n;
     way_ = way_of({w.row_stride, w.col_stride, w.padded, std::is_same_v<W, A>, n, width_, rows, by_column});
   }
@@ -60,9 +60,17 @@ template <class W> class Panel {
       return;
     }
     if (way_ == Way::direct) {
-      ProductArgs<W> args{left, half_[0].b, w_.col_stride, c, c_stride, rows, width_, k_, false, apart};
-      if (next) next->set_ahead(0, k_, args);
-      return tile<W>().outer(args);
+      // Panels of many rows in the blocks of the packed way: the same bits, packed or not.
+      const int64_t block = w_.padded && rows_ >= kDotRows ? kDepthBlock<A> : std::max<int64_t>(k_, 1);
+      for (int64_t k = 0; k < k_ || k == 0; k += block) {
+        const int64_t depth = std::min(block, k_ - k);
+        const W* b = half_[0].b + k * w_.col_stride;
+        ProductArgs<W> args{left, b, w_.col_stride, c, c_stride, rows, width_, depth, k > 0, apart};
+        if (next) next->set_ahead(k, depth, args);
+        tile<W>().outer(args);
+        left.data += depth * (left.by_column ? left.stride : 1);
+      }
+      return;
     }
     const bool joined =
         w_.row_stride == 1 && !w_.padded && apart == kPanel && half_[0].n == kPanel;  // 64 columns in one piece
@@ -103,7 +111,7 @@ template <class W> class Panel {
 
   const Weight w_;
   const Half half_[2];
-  int64_t k_, width_;
+  int64_t k_, rows_, width_;
   Way way_;
 };
 

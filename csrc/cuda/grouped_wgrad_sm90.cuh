@@ -211,7 +211,7 @@ MOE_DEVICE void wgrad_store(const GroupedWgradArgs& args, const WgradWgmmaTile& 
   }
 }
 
-/// out_col is 1, topk_weights null.
+/// out_col is 1, parts at most 1.
 template <class T, int kColumns>
 MOE_KERNEL __launch_bounds__(MOE_SM90A ? WgradWgmma<kColumns>::kThreads : 32, 1)
     grouped_wgrad_sm90_kernel(const MOE_GRID_CONSTANT WgradMaps maps, const MOE_GRID_CONSTANT GroupedWgradArgs args,

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn import Parameter
 
-from .. import ops
+from .. import auto_pack, ops
 
 MOE_MODULE = "transformers.integrations.moe"
 GPT_OSS_MODULE = "transformers.models.gpt_oss.modeling_gpt_oss"
@@ -54,7 +54,8 @@ def experts_forward(
         y = _unfused(module, x, w13, w13_bias, w2, w2_bias, top_k_index, top_k_weights)
     else:
         activation, interleaved, limit, alpha = gate
-        y = ops.fused_experts(
+        y = auto_pack.fused_experts(
+            module,
             x,
             w13,
             w2,
