@@ -209,6 +209,20 @@ def test_nan_and_infinity_pass_through_tf32():
         assert out[3].isnan().all()
 
 
+def test_rounding_to_tf32():
+    """Numbers that tf32 holds stay; others are off by at most 0.64 of its unit, and on average of mantissas by none."""
+    one = torch.eye(8)[None]
+    a = torch.exp2(20 * torch.rand(512, 8) - 10) * torch.where(torch.rand(512, 8) < 0.5, -1.0, 1.0)
+    ends = torch.tensor([512], dtype=torch.int32)
+    rounded = plain(a, one, ends, TILES["64x128"])
+    off = (rounded.double() - a.double()) / a.double()
+    assert off.abs().max() <= 0.64 * 2 * TF32
+    assert off.abs().max() > 0.5 * 2 * TF32  # the bound is near, and this is not the nearest number
+    deviation = 2 * TF32 / 12**0.5  # of a number cut off within its unit, at most
+    assert off.mean().abs() <= SAFETY * deviation / math.sqrt(a.numel())
+    assert torch.equal(plain(rounded, one, ends, TILES["64x128"]), rounded)
+
+
 @pytest.mark.parametrize("tile", ["64x128", "16x128"])
 def test_every_schedule_gives_the_same_bits(tile):
     ends = torch.tensor([20, 23], dtype=torch.int32)
