@@ -249,6 +249,24 @@ void check_nothing_is_left() {
   expect(alive() == before, "left: ", alive() - before, " communicators, streams or events");
 }
 
+/// What is found out only while it is waited for; and a failure aborts at once, not when its owner lets go.
+void check_wrong_size() {
+  const auto alive = own<int (*)()>("standin_alive");
+  const int before = alive();
+  const UniqueId id = fresh_id();
+  std::vector<std::shared_ptr<Communicator>> comms(2);
+  ranks(2, [&](int rank) {
+    comms[size_t(rank)] = Communicator::connect(api(), 2, rank, id, 0, 20.0);
+    Bytes from(17), into(17);
+    const std::vector<int64_t> out(2, 8), in{rank ? 9 : 8, 8};
+    const auto step = [&] { comms[size_t(rank)]->all_to_all(from.data(), out, into.data(), in, nullptr)->wait(20.0); };
+    if (rank == 0) std::this_thread::sleep_for(std::chrono::milliseconds(300));  // the other waits by then
+    expect_said(step, "rank 0 sends rank 1 8 bytes, which receives 9", "another size");
+    keep(std::move(from)), keep(std::move(into));
+  });
+  expect(alive() == before + 2, "another size: ", alive() - before, " left, wanted the 2 streams");
+}
+
 /// Threads take turns; work keeps its communicator; an abort ends what is in flight, on all ranks.
 void check_lives() {
   auto comm = Communicator::connect(api(), 1, 0, fresh_id(), 0, 20.0);
@@ -259,6 +277,13 @@ void check_lives() {
       run.work->wait(20.0);
       wrong += run.receive != run.want;
     }
+  });
+  const UniqueId pair = fresh_id();
+  ranks(2, [&](int rank) {  // whichever threads meet, they bring the same
+    auto comm = Communicator::connect(api(), 2, rank, pair, 0, 20.0);
+    ranks(3, [&](int) {
+      for (int i = 0; i < 20; ++i) Run(comm, even(2, 100), 0).check("threads of two ranks");
+    });
   });
   expect(wrong == 0, "threads: ", wrong.load(), " wrong results");
   Run run(comm, even(1, 100), 3);
@@ -296,6 +321,7 @@ int main(int count, char** words) {
   check_arguments();
   check_nothing_is_left();
   check_fork();
+  check_wrong_size();
   check_faults();
   check_lives();
   std::cout << (checks::failures() ? "FAILED\n" : "ok\n");

@@ -65,16 +65,14 @@ def _all_have(link: Link | None, key: tuple[Any, ...]) -> bool:
     if store.add("came", 1) == len(ranks):  # the last one knows
         store.set("all", str(int(having == len(ranks))))
     deadline = time.monotonic() + max(timeout, PATIENCE)
-    while True:
-        try:
-            store.wait(["all"], POLL)
-            return bytes(store.get("all")) == b"1"
-        except RuntimeError as error:
-            if link is not None and link.heartbeat is not None and link.heartbeat.alarm():
-                raise link._blame("connect", str(error), False) from error
-            if time.monotonic() > deadline:
-                absent = next((r for r in ranks if not store.check([f"rank{r}"])), rank)
-                raise MoECommError(absent, "process", "connect", f"it did not come: {error}") from error
+    while not store.check(["all"]):
+        if link is not None and link.heartbeat is not None and link.heartbeat.alarm():
+            raise link._blame("connect", "while asking who has it", False)
+        if time.monotonic() > deadline:
+            absent = next((r for r in ranks if not store.check([f"rank{r}"])), rank)
+            raise MoECommError(absent, "process", "connect", "it did not come")
+        time.sleep(0.002)
+    return bytes(store.get("all")) == b"1"
 
 
 class Link:
