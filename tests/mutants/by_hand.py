@@ -46,6 +46,14 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
         ),
         ("flag of the wrong block", "&flags[ticket - 1]", "&flags[ticket]"),
     ],
+    "tests/simt/rules_sm90.cu": [
+        ("stage taken a round too early", "uint32_t(step / kStages & 1) ^ 1", "uint32_t(step / kStages & 1)"),
+        ("slices exchanged", "step * kDepth", "(step ^ 1) * kDepth"),
+    ],
+    "tests/simt/rules_cluster.cu": [
+        ("multicast to one block alone", "uint16_t(3)", "uint16_t(1u << rank)"),
+        ("neighbour's half on top of the own", "shared + rank * kHalf", "shared"),
+    ],
     "tests/simt/rules_async.cu": [
         ("tail copied past the end", "inside ? 16u : 0u", "16u"),
         (

@@ -29,6 +29,14 @@ STATEMENTS: dict[str, dict[str, Call]] = {
     "cp_async_mbarrier_arrive_noinc": {"too early": lambda a: f"mbarrier_arrive({a[0]})"},
     "fence_mbarrier_init": {},
     "fence_proxy_async": {},
+    "fence_proxy_async_global": {},
+    "mbarrier_arrive_expect_tx": {"miscount": lambda a: f"mbarrier_arrive_expect_tx({a[0]}, ({a[1]}) + 16)"},
+    "mbarrier_arrive_remote": {"wrong block": lambda a: f"mbarrier_arrive_remote({a[0]}, ({a[1]}) ^ 1u)"},
+    "wgmma_fence": {},
+    "wgmma_commit_group": {},
+    "bulk_commit_group": {},
+    "cluster_arrive": {},
+    "cluster_wait": {},
     "griddepcontrol_wait": {},
     "griddepcontrol_launch_dependents": {},
     "st_release_gpu": {"relax": lambda a: f"st_relaxed_gpu({a[0]}, {a[1]})"},
@@ -42,7 +50,7 @@ EXPRESSIONS: dict[str, dict[str, Call]] = {
     "atom_add_acq_rel_gpu": {"relax": lambda a: f"atomicAdd({a[0]}, {a[1]})"},
     "mbarrier_test_wait_parity": {"wrong parity": lambda a: f"mbarrier_test_wait_parity({a[0]}, ({a[1]}) ^ 1u)"},
 }
-WAIT_GROUP = re.compile(r"\bcp_async_wait_group<([^<>()]+|\([^()]*\))>\(\)")
+WAIT_GROUP = re.compile(r"\b((?:cp_async|wgmma|bulk)_wait_group(?:_read)?)<([^<>()]+|\([^()]*\))>\(\)")
 # A tail test compares with something that bounds the data: a count, a size, an end, a field of the arguments.
 BOUND = re.compile(
     r"(?<=[\w\])]) (<|>=) (?=(?:args\.[A-Z_a-z]+|tile\.\w+|count|counts?_|size|end|n|bins|steps|rounds|width|vectors|"
@@ -128,9 +136,9 @@ class Planter:
 
     def waits(self, begin: int, end: int) -> None:
         for match in WAIT_GROUP.finditer(self.text, begin, end):
-            weak = self.fault(match.start(), "weaken cp_async_wait_group")
-            gone = self.fault(match.start(), "delete cp_async_wait_group")
-            other = f"cp_async_wait_group<({match[1]}) + 1>()"
+            weak = self.fault(match.start(), f"weaken {match[1]}")
+            gone = self.fault(match.start(), f"delete {match[1]}")
+            other = f"{match[1]}<({match[2]}) + 1>()"
             self.edits.append((*match.span(), f"({gone} ? (void)0 : {weak} ? {other} : {match[0]})"))
 
     def tails(self, begin: int, end: int) -> None:

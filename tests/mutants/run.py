@@ -31,6 +31,8 @@ import survivors  # noqa: E402
 SUBJECTS: dict[str, tuple[list[str], list[str]]] = {
     "rules_sync": (["tests/simt/rules_sync.cu"], ["tests/simt/rules_sync.cu"]),
     "rules_async": (["tests/simt/rules_async.cu"], ["tests/simt/rules_async.cu"]),
+    "rules_sm90": (["tests/simt/rules_sm90.cu"], ["tests/simt/rules_sm90.cu", "csrc/cuda/tensor_map.cu"]),
+    "rules_cluster": (["tests/simt/rules_cluster.cu"], ["tests/simt/rules_cluster.cu", "csrc/cuda/tensor_map.cu"]),
     "route": (
         [f"csrc/cuda/{name}.cuh" for name in ("route", "scores", "score_sums", "block_copy", "warp")],
         ["csrc/cuda/route.cu", "csrc/cuda/sum_scores.cu", "tests/mutants/route_cases.cpp"],

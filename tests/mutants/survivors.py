@@ -8,6 +8,19 @@ HARMLESS: dict[str, str] = {
     "tests/simt/rules_async.cu | delete fence_mbarrier_init | fence_mbarrier_init();": (
         "It publishes the init to the other blocks of a cluster; inside a block the __syncthreads that follows does."
     ),
+    "tests/simt/rules_sm90.cu | delete fence_mbarrier_init | fence_mbarrier_init();": (
+        "It publishes the init to the other blocks of a cluster; inside a block the __syncthreads that follows does."
+    ),
+    "tests/simt/rules_cluster.cu | delete fence_mbarrier_init | fence_mbarrier_init();": (
+        "The cluster barrier that follows is a release and an acquire of all blocks, which publishes the init too."
+    ),
+    "tests/simt/rules_cluster.cu | delete fence_mbarrier_init | fence_mbarrier_init(); #2": (
+        "It publishes the init to the other blocks of a cluster; inside a block the __syncthreads that follows does."
+    ),
+    "tests/simt/rules_cluster.cu | wrong block mbarrier_arrive_remote | "
+    "if (threadIdx.x < 2) mbarrier_arrive_remote(empty, threadIdx.x);": (
+        "The two threads exchange their two blocks: the same two arrivals, ordered after the same __syncthreads."
+    ),
     "csrc/cuda/slots.cuh | off by one < | for (int64_t base = first; base < end; base += kWarp) {": (
         "At base == end no lane has a slot below end: every id is -1, every f does nothing. A wasted turn."
     ),

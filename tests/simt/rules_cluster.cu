@@ -35,7 +35,7 @@ MOE_KERNEL multicast(const MOE_GRID_CONSTANT TensorMap map, int rounds, uint32_t
       mbarrier_wait_parity(empty, phase ^ 1);  // both halves go to both: nobody reads any more
       mbarrier_arrive_expect_tx(full, 2 * kHalf);
       const int32_t at[3] = {0, int32_t(rank) * 32, round};
-      tma_load_multicast(shared + rank * kHalf, &map, at, full, 3);
+      tma_load_multicast(shared + rank * kHalf, &map, at, full, uint16_t(3));
     }
     mbarrier_wait_parity(full, phase);
     for (int i = int(threadIdx.x); i < int(kHalf); i += int(blockDim.x)) sum += pointer_to(shared)[i];
