@@ -184,10 +184,11 @@ def _cuda_products(op: str, s: Sizes, name: str) -> tuple[str, list[tuple[str, s
         no, row = host.cuda_product(_arch(name), s.E, s.T * s.K, columns, depth, dtype, whole)
         refused += [(f"{product} {other}", why) for other, why in no]
         said.append(f"{product}: {row}")
+    hopper = "_sm90" if _arch(name) == 90 and s.bytes == 2 and (s.H * 2) % 16 == (s.I * 2) % 16 == 0 else ""
     if op == "fused_experts_backward":
-        said.append("weight gradients: csrc/cuda/grouped_wgrad.cuh")
+        said.append(f"weight gradients: csrc/cuda/grouped_wgrad{hopper}.cuh")
     elif op == "fused_experts" and host.few_tokens >= s.T:
-        said.append("where nothing requires a gradient: csrc/cuda/decode.cuh")
+        said.append(f"where nothing requires a gradient: csrc/cuda/decode{hopper}.cuh")
     stem = op.removesuffix("_backward") + ("_sm90" if op == "grouped_gemm" and "wgmma" in said[0] else "")
     return f"csrc/cuda/{stem}.cuh, {'; '.join(said)}", refused
 

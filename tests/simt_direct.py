@@ -26,9 +26,11 @@ sys.path.insert(0, str(simt_ops.ROOT / "tests/simt"))
 import programs
 
 CUDA = simt_ops.ROOT / "csrc/cuda"
-KERNELS = ("grouped_wgrad", "grouped_wgrad_sm90", "decode", "decode_sm90", "grouped_gemm", "grouped_gemm_bf16", "grouped_gemm_f16", "grouped_gemm_tf32",
-           "grouped_fma", "tensor_map", "grouped_gemm_sm90", "grouped_gemm_sm90_bf16", "grouped_gemm_sm90_f16",
-           "gathered_gemm_sm90_bf16", "gathered_gemm_sm90_f16")  # fmt: skip
+KERNELS = (
+    "grouped_wgrad", "grouped_wgrad_sm90", "decode", "decode_sm90", "grouped_gemm", "grouped_gemm_bf16",
+    "grouped_gemm_f16", "grouped_gemm_tf32", "grouped_fma", "tensor_map", "grouped_gemm_sm90",
+    "grouped_gemm_sm90_bf16", "grouped_gemm_sm90_f16", "gathered_gemm_sm90_bf16", "gathered_gemm_sm90_f16",
+)  # fmt: skip
 
 
 # ---- structs of the headers as ctypes
