@@ -189,14 +189,15 @@ def _cuda_products(op: str, s: Sizes, name: str) -> tuple[str, list[tuple[str, s
         no, row = host.cuda_product(_arch(name), s.E, s.T * s.K, columns, depth, dtype, whole, tf32)
         refused += [(f"{product} {other}", why) for other, why in no]
         said.append(f"{product}: {row}" + (" in tf32" if tf32 and row != "fma" else ""))
+    hopper = "_sm90" if _arch(name) == 90 and s.bytes == 2 and whole else ""
     if op.endswith("_backward"):
         sizes = {"w13": (width, s.H), "w2": (s.H, s.I)} if op == "fused_experts_backward" else {"b": (s.H, width)}
         for weight, (N, K) in sizes.items():
             parts = host.cuda_wgrad_parts(_arch(name), s.E, s.T * s.K, N, K, dtype, whole, tf32)
-            cut = f", an expert's rows in {parts} parts" if parts > 1 else ""
-            said.append(f"gradient of {weight}: csrc/cuda/grouped_wgrad.cuh{cut}")
+            cut = f".cuh, an expert's rows in {parts} parts" if parts > 1 else f"{hopper}.cuh"
+            said.append(f"gradient of {weight}: csrc/cuda/grouped_wgrad{cut}")
     elif op == "fused_experts" and host.few_tokens >= s.T:
-        said.append("where nothing requires a gradient: csrc/cuda/decode.cuh")
+        said.append(f"where nothing requires a gradient: csrc/cuda/decode{hopper}.cuh")
     stem = op.removesuffix("_backward") + ("_sm90" if op == "grouped_gemm" and "wgmma" in said[0] else "")
     return f"csrc/cuda/{stem}.cuh, {'; '.join(said)}", refused
 

@@ -141,7 +141,7 @@ def test_the_token_of_a_slot(per_token):
 
 
 def quotient(d):
-    """As quotient_of in grouped_wgrad.cu."""
+    """As quotient_by in expert_rows.cuh."""
     log = (d - 1).bit_length()
     return 2 ** (31 + log) // d + 1, 31 + log
 
