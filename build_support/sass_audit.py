@@ -92,7 +92,8 @@ int main() {
       std::printf("grouped_fma %d 0 4 %zu\\n", 10 * halves + element, element == 8 ? of_double : of_float);
     }
   for (int row = 0; row < kFma; ++row)
-    std::printf("grouped_rows %d 0 %d %d\\n", row, kTileRows[row].warps(), kTileRows[row].shared_bytes());
+    std::printf("grouped_rows%s %d 0 %d %d\\n", kTileRows[row].wgmma() ? "_sm90" : "", row, kTileRows[row].warps(),
+                kTileRows[row].shared_bytes());
 }
 """
 
@@ -141,7 +142,7 @@ _LINE = re.compile(r"^\s*(\.L_\w+):|/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]
 
 
 def slots_per_mma(code: str) -> float:
-    """Instructions of the shortest backward branch's span that holds HMMA, over the HMMA in it."""
+    """Instructions of the shortest backward branch's span that holds HMMA or HGMMA, over those in it."""
     labels: dict[str, int] = {}
     words: list[str] = []
     spans = []
@@ -153,8 +154,8 @@ def slots_per_mma(code: str) -> float:
         target = re.search(r"\.L_\w+", operands)
         if words[-1] == "BRA" and target and target[0] in labels:
             span = words[labels[target[0]] :]
-            if "HMMA" in span:
-                spans.append((len(span), span.count("HMMA")))
+            if products := span.count("HMMA") + span.count("HGMMA"):
+                spans.append((len(span), products))
     return round(min(spans)[0] / min(spans)[1], 1) if spans else 0.0
 
 
@@ -215,6 +216,7 @@ SLOTS_PER_MMA = 6
 MMA_SLOTS = {f"grouped_rows<float, 7, {along}>": 10 for along in ("true", "false")}
 WEIGHTS_ONCE = 4 * 16 * 16 * 2 // 48
 MOST_PRODUCTS = 48  # kernels of grouped products on one architecture
+HGMMA_SLOTS = 12  # of 128 clocks each; a third of them set descriptors, some are NOPs
 ELEMENT = {"double": 8, "float": 4, "bf16": 2, "f16": 2}
 
 
@@ -222,7 +224,7 @@ def occupancies(name: str, arch: str, kernel: Kernel, table: dict) -> dict[int, 
     """E -> occupancy; the key 0 where E does not matter."""
     stem, _, argument = name.partition("<")
     words = argument.rstrip(">").split(", ")
-    which = int(words[1]) if stem == "grouped_rows" else ELEMENT.get(words[0], 0)
+    which = int(words[1]) if stem in ("grouped_rows", "grouped_rows_sm90") else ELEMENT.get(words[0], 0)
     which += 10 * int(words[1]) if stem == "grouped_fma" else 0
     of_kernel = table.get((stem, which)) or table.get((stem, 0))
     if of_kernel is None:
@@ -246,6 +248,8 @@ def complaints(arch: str, found: dict[str, Kernel], budget: dict[str, dict[str, 
         on_tensor_cores = name.startswith(("grouped_wgrad<", "grouped_rows<", "decode_w13<", "decode_w2<"))
         if on_tensor_cores and not 0 < kernel.slots_per_mma <= most:
             said.append(f"sm_{arch} {name}: {kernel.slots_per_mma} slots per HMMA, wanted {most}")
+        if arch == "90a" and name.startswith("grouped_rows_sm90<") and not 0 < kernel.slots_per_mma <= HGMMA_SLOTS:
+            said.append(f"sm_{arch} {name}: {kernel.slots_per_mma} slots per HGMMA, wanted {HGMMA_SLOTS}")
         if name.startswith(("route", "sum_scores")) and "double" not in name:
             for E, share in occupancies(name, arch, kernel, table).items():
                 if E <= 512 and share < 0.5:
