@@ -14,8 +14,9 @@ from moe_kernels.fallback import backend_of
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; `make gpu` runs these")
 BUILT = _build.info()["cuda"] is not None
 STAGES = (
-    "route", "route_backward", "expert_cuts", "expert_choice", "sinkhorn", "sum_scores", "sum_scores_backward", "limit_capacity", "permute", "permute_backward",
-    "unpermute", "unpermute_backward", "grouped_gemm", "fused_experts", "fused_experts_backward",
+    "route", "route_backward", "expert_cuts", "expert_choice", "sinkhorn", "sum_scores", "sum_scores_backward",
+    "limit_capacity", "permute", "permute_backward", "unpermute", "unpermute_backward", "grouped_gemm", "fused_experts",
+    "fused_experts_backward",
 )  # fmt: skip
 
 
