@@ -104,8 +104,10 @@ class LossInputs:
         """acc [B, E]: P times the tokens of the group."""
         code, sums, B = SCORING_CODE[self.router.scoring_func], self.score_sums, self.groups(scope)
         if sums is None or (code != 0 and normalize != self.normalized_sums):
-            return _SUM_SCORES(self.logits, code, normalize, self.router.logit_softcap, B, self.padding_mask)
-        return sums if sums.shape[0] == B else sums.sum(0, keepdim=True)  # they are those of sequences
+            sums = _SUM_SCORES(self.logits, code, normalize, self.router.logit_softcap, B, self.padding_mask)
+        elif sums.shape[0] != B:  # they are those of sequences
+            sums = sums.sum(0, keepdim=True)
+        return sums
 
     def _sum(self, t: Tensor, scope: str) -> Tensor:
         """t [T, n] -> acc [B, n]"""

@@ -22,8 +22,9 @@ from moe_kernels.testing import SAFETY, UNIT, check
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; `make gpu` runs these")
 BUILT = _build.info()["cuda"] is not None
 STAGES = (
-    "route", "route_backward", "sum_scores", "sum_scores_backward", "limit_capacity", "permute", "permute_backward",
-    "unpermute", "unpermute_backward", "grouped_gemm", "grouped_gemm_backward", "fused_experts",
+    "route", "route_backward", "expert_cuts", "expert_choice", "sinkhorn", "sum_scores", "sum_scores_backward",
+    "limit_capacity", "permute", "permute_backward", "unpermute", "unpermute_backward", "grouped_gemm",
+    "grouped_gemm_backward", "fused_experts",
     "fused_experts_backward",
 )  # fmt: skip
 

@@ -34,12 +34,10 @@ template <class A> inline int64_t count_from(const A* values, int64_t count, A l
   return sum;
 }
 
-// The answer's bits from the highest on: with a bit set, are there enough numbers left? Numbers in [0, 1] sort as their
-// bits do. As soon as just `best` numbers are left the answer is the smallest of them.
-template <class A> void cut(const A* values, int64_t count, int64_t best, A* least, int64_t* last) {
+/// The best-th largest of at least `best` numbers in [0, 1], among negative ones: its bits from the highest on. With a
+/// bit set, are there enough numbers left? As soon as just `best` are left, the answer is the smallest of them.
+template <class A> A nth_largest(const A* values, int64_t count, int64_t best) {
   using Int = IntOf<A>;
-  *least = A(-1), *last = -1;
-  if (count_from<A>(values, count, A(0)) < best) return;
   Int bits = 0;
   int64_t left = -1;
   for (Int bit = Int(1) << (sizeof(A) == 8 ? 61 : 29); bit != 0 && left != best; bit >>= 1) {
@@ -49,10 +47,45 @@ template <class A> void cut(const A* values, int64_t count, int64_t best, A* lea
   Vec<A> smallest = Vec<A>{} + A(2);
   const A bound = bit_cast<A>(bits);
   for_filled<A>(values, count, A(-1), [&](Vec<A> v, int64_t) { smallest = v >= bound && v < smallest ? v : smallest; });
-  *least = smallest[0];
-  for (int j = 1; j < VecOf<A>::lanes; ++j) *least = smallest[j] < *least ? smallest[j] : *least;
+  return -lane_max<A>(-smallest);
+}
+
+/// The numbers that may be among the `best` largest: those from the best-th largest of the maxima of 2 * best or more
+/// stretches on. Returns how many; 0 where they are not few.
+template <class A, int64_t kRoom> int64_t thin_out(const A* values, int64_t count, int64_t best, A (&kept)[kRoom]) {
+  constexpr int L = VecOf<A>::lanes;
+  const int64_t whole = count / L, wide = (2 * best + L - 1) / L;
+  if (wide * L > kRoom || 3 * wide > whole) return 0;
+  for (int64_t w = 0; w < wide; ++w) {
+    Vec<A> top = load(values + w * L);
+    for (int64_t i = w + wide; i < whole; i += wide) top = larger_of(load(values + i * L), top);
+    store(kept + w * L, top);
+  }
+  if (count_from<A>(kept, wide * L, A(0)) < best) return 0;
+  const A bound = nth_largest<A>(kept, wide * L, best);
+  int64_t found = 0;
+  const auto take = [&](Vec<A> v, int64_t i) {
+    int32_t at[16];
+    const Vec<A> low = Vec<A>{} + bound;
+    const int lanes = put_lanes(lanes_above(v, low) | lanes_equal(v, low), i, at);
+    for (int j = 0; j < lanes && found + j < kRoom; ++j) kept[found + j] = values[at[j]];
+    found += lanes;
+  };
+  for_filled<A>(values, count, A(-1), take);
+  return found <= kRoom ? found : 0;
+}
+
+template <class A> void cut(const A* values, int64_t count, int64_t best, A* least, int64_t* last) {
+  using Int = IntOf<A>;
+  *least = A(-1), *last = -1;
+  A kept[4096];
+  int64_t some = thin_out<A>(values, count, best, kept);
+  const A* of = some ? kept : values;
+  if (!some) some = count;
+  if (count_from<A>(of, some, A(0)) < best) return;
+  *least = nth_largest<A>(of, some, best);
   const A next = bit_cast<A>(Int(bit_cast<Int>(*least) + 1));
-  int64_t room = best - count_from<A>(values, count, next);
+  int64_t room = best - count_from<A>(of, some, next);
   for_filled<A>(values, count, A(-1), [&](Vec<A> v, int64_t i) {
     for (uint32_t equal = lanes_equal(v, Vec<A>{} + *least); equal != 0 && room > 0; equal &= equal - 1, --room)
       *last = i + __builtin_ctz(equal);
