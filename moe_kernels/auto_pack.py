@@ -41,7 +41,7 @@ from . import _build, check, ops
 from .schemas import ACTIVATION_CODE, DTYPE_CODE
 
 AFTER = 8  # calls with the same weights: packing costs about as much as they gain
-SAMPLES = 256  # elements of each matrix of an expert that are compared
+SAMPLES = 128  # elements of each matrix of an expert that are compared
 VARIABLE = "MOE_KERNELS_PACK"
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # NaN equals itself
 _ROOT = Path("/")
