@@ -44,11 +44,15 @@ format: $(VENV)/dev.stamp
 types: $(VENV)/dev.stamp
 	$(BIN)/mypy
 
-# The kernels without Python, under AddressSanitizer and UndefinedBehaviorSanitizer.
+# Kernels and communicator without Python under AddressSanitizer and UndefinedBehaviorSanitizer, this one under
+# ThreadSanitizer too.
 sanitize: $(VENV)/dev.stamp
 	$(BIN)/cmake -S . -B build/sanitize -DMOE_SANITIZE=ON
 	$(BIN)/cmake --build build/sanitize -j 2
 	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
+	$(BIN)/cmake -S . -B build/tsan -DMOE_SANITIZE=thread
+	$(BIN)/cmake --build build/tsan -j 2 --target comm_checks
+	$(BIN)/ctest --test-dir build/tsan -R comm_checks --output-on-failure
 
 # By hand: make compat TORCHES="2.11.0 2.12.0" runs one wheel, built here, on other torches.
 compat: $(VENV)/torch.stamp
@@ -87,11 +91,12 @@ clean:
 # emulator would have noticed: faults planted in every kernel. ARGS="--third 1 -v", ARGS=route ...
 simt: $(VENV)/test.stamp
 	cd tests && MOE_KERNELS_STRICT=1 ../$(BIN)/python -m pytest -n 2 --dist loadfile -k "simt or cuda_" $(ARGS) \
-	  test_simt.py test_simt_hw.py test_cuda_kernels.py test_cuda_gemm.py test_cuda_gemm_choice.py test_cuda_wgrad.py \
-	  test_cuda_decode.py test_route.py test_permute.py test_unpermute.py test_grouped_gemm.py
+	  $(patsubst tests/%,%,$(wildcard tests/test_simt*.py tests/test_cuda_*.py)) \
+	  test_tf32.py test_main_grad.py test_route.py test_permute.py test_unpermute.py test_grouped_gemm.py
 
 mutants: $(VENV)/test.stamp
 	$(BIN)/python tests/mutants/run.py $(ARGS)
+	$(if $(ARGS),,$(BIN)/python tests/mutants/comm.py)
 
 # Hours: ranks killed, stopped, made to fail or to disagree, threads, leaks. ARGS="--share 0.1 kill stop" for a part.
 soak: $(VENV)/test.stamp
