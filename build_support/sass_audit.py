@@ -215,7 +215,7 @@ SHARED = {
 SLOTS_PER_MMA = 6
 MMA_SLOTS = {f"grouped_rows<float, 7, {along}>": 10 for along in ("true", "false")}
 WEIGHTS_ONCE = 4 * 16 * 16 * 2 // 48
-MOST_PRODUCTS = 48  # kernels of grouped products on one architecture
+MOST_PRODUCTS = 48  # kernels of grouped products on one architecture, of the portable ones and of those of sm_90a
 HGMMA_SLOTS = 12  # of 128 clocks each; a third of them set descriptors, some are NOPs
 ELEMENT = {"double": 8, "float": 4, "bf16": 2, "f16": 2}
 
@@ -254,8 +254,13 @@ def complaints(arch: str, found: dict[str, Kernel], budget: dict[str, dict[str, 
             for E, share in occupancies(name, arch, kernel, table).items():
                 if E <= 512 and share < 0.5:
                     said.append(f"sm_{arch} {name}: occupancy {share:.0%} at E={E}, wanted 50 %")
-    if (products := sum(name.startswith("grouped_") for name in found)) > MOST_PRODUCTS:
-        said.append(f"sm_{arch}: {products} kernels of grouped products, wanted {MOST_PRODUCTS}")
+    names = [name.split("<")[0] for name in found if name.startswith("grouped_")]
+    for kind, products in (
+        ("portable", [n for n in names if "sm90" not in n]),
+        ("sm_90a", [n for n in names if "sm90" in n]),
+    ):
+        if len(products) > MOST_PRODUCTS:
+            said.append(f"sm_{arch}: {len(products)} {kind} kernels of grouped products, wanted {MOST_PRODUCTS}")
     return said
 
 

@@ -243,7 +243,7 @@ def determinism(rank: int, folder: Path) -> list[str]:
     return wrong
 
 
-SHORT = {"threads": 20, "delays": 16, "leak": 250, "connections": 4, "forks": 3, "determinism": 4}
+SHORT = {"threads": 8, "delays": 6, "leak": 150, "connections": 2, "forks": 2, "determinism": 2}
 
 
 def short(rank: int, folder: Path) -> dict[str, list[str]]:
@@ -255,7 +255,7 @@ def short(rank: int, folder: Path) -> dict[str, list[str]]:
         (own / "rounds").write_text(str(count))
         found[name] = globals()[name](rank, own)
         dist.barrier()
-    (own / "rounds").write_text("250")
+    (own / "rounds").write_text("150")
     found["planted leak"] = leak(rank, own, kept=2**16)
     return found
 

@@ -23,7 +23,7 @@ from moe_kernels.fallback import backend_of
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = next(iter(Path(_build.__file__).parent.glob("_nvrtc.*.so")), None)
 SAMPLE = (
-    "permute_rows_kernel<short unsigned int>", "unpermute_kernel<moe::f16, 8>", "grouped_rows_kernel<float, 3, true>",
+    "permute_rows_kernel<short unsigned int>", "unpermute_kernel<moe::f16, 8>", "grouped_rows_kernel<float, 7, true>",
     "decode_w13_kernel<moe::f16, 1>", "grouped_wgrad_kernel<moe::bf16>", "zero_rows_kernel<uint4>",
 )  # fmt: skip
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Which rows an expert has, read on the device and never trusted, and which token a row is of.
 #pragma once
+#include "../dtype.h"
 #include "warp.cuh"
 
 namespace moe::cuda {
