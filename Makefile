@@ -91,8 +91,8 @@ clean:
 # emulator would have noticed: faults planted in every kernel. ARGS="--third 1 -v", ARGS=route ...
 simt: $(VENV)/test.stamp
 	cd tests && MOE_KERNELS_STRICT=1 ../$(BIN)/python -m pytest -n 2 --dist loadfile -k "simt or cuda_" $(ARGS) \
-	  $(patsubst tests/%,%,$(wildcard tests/test_simt*.py tests/test_cuda_*.py)) \
-	  test_tf32.py test_main_grad.py test_route.py test_permute.py test_unpermute.py test_grouped_gemm.py
+	  $(patsubst tests/%,%,$(wildcard $(patsubst %,tests/test_%*.py,simt cuda_kernels cuda_gemm cuda_wgrad cuda_decode))) \
+	  test_route.py test_permute.py test_unpermute.py test_grouped_gemm.py
 
 mutants: $(VENV)/test.stamp
 	$(BIN)/python tests/mutants/run.py $(ARGS)
