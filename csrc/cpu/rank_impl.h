@@ -68,21 +68,23 @@ template <class A> inline Vec<IntOf<A>> sort_key(Vec<A> v) {
   return bits ^ ((bits >> Int(sizeof(A) * 8 - 1)) & std::numeric_limits<Int>::max());
 }
 
-template <class Int> struct One {
-  Int at[2 * VecOf<Int>::lanes] = {};
-  constexpr One() { at[VecOf<Int>::lanes] = 1; }
+template <class Bits> struct One {
+  Bits at[2 * VecOf<Bits>::lanes] = {};
+  constexpr One() { at[VecOf<Bits>::lanes] = 1; }
 };
-template <class Int> constexpr One<Int> kOne;
+template <class Bits> constexpr One<Bits> kOne;
 
 /// ranks[j] = how many of n keys stand before the j-th: the larger ones, and the earlier ones of its size. What fills
 /// the last vector up is smaller than all.
 template <class Int> inline void rank_keys(const Int* keys, int64_t n, Int* ranks) {
+  using Bits = std::make_unsigned_t<Int>;  // the smallest key has no smaller one: its place is nobody's
   constexpr int L = VecOf<Int>::lanes;
   for (int64_t j = 0; j < n; j += L) {
-    Vec<Int> rank{}, least = load(keys + j) - 1;  // what another key must exceed to stand before the j-th
+    Vec<Int> rank{};
+    Vec<Bits> least = bit_cast<Vec<Bits>>(load(keys + j)) - 1;  // what another key must exceed to stand before the j-th
     for (int64_t i = 0; i < n; ++i) {
-      if (i >= j && i < j + L) least += load(kOne<Int>.at + L - (i - j));  // only an earlier one may equal it
-      rank -= keys[i] > least;
+      if (i >= j && i < j + L) least += load(kOne<Bits>.at + L - (i - j));  // only an earlier one may equal it
+      rank -= keys[i] > bit_cast<Vec<Int>>(least);
     }
     store(ranks + j, rank);
   }

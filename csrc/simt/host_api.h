@@ -54,8 +54,8 @@ struct LaunchConfig {
 cudaError_t launch(const LaunchConfig& config, void (*body)(const void* arguments), const void* arguments,
                    size_t arguments_bytes);
 
-/// MOE_KERNELS_SIMT_ROW, or -1: the row of kTileRows that a test wants wherever it does not refuse the product, since the
-/// shapes of a test are too small for the choice to name every row.
+/// MOE_KERNELS_SIMT_ROW, or -1: the row of kTileRows that a test wants wherever it does not refuse the product, since
+/// the shapes of a test are too small for the choice to name every row.
 int wished_row();
 
 /// Makes [p, p + bytes) device memory under `name`; kernels may touch nothing else once anything is registered.
