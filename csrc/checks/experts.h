@@ -65,7 +65,7 @@ template <class Type> struct Arguments {
   std::vector<Type> x, w13, w2, w13_bias, w2_bias;
   std::vector<A> weights;
   Index index;
-  ExpertMlp mlp;
+  ExpertMlp mlp{};
 
   explicit Arguments(const Experts& c)
       : x(c.x.begin(), c.x.end()),
