@@ -12,6 +12,8 @@ namespace moe::cuda {
 cudaError_t grouped_rows(const GroupedRows& g, cudaStream_t stream) { return grouped_fma(g, stream); }
 int64_t weight_part_count(const GroupedRows& g) { return (g.N + kFmaColumns - 1) / kFmaColumns; }
 cudaError_t grouped_wgrad(const GroupedWgradArgs&, cudaStream_t) { return cudaSuccess; }
+int64_t grouped_wgrad_parts(const GroupedWgradArgs&) { return 1; }
+int64_t grouped_wgrad_partial_bytes(const GroupedWgradArgs&) { return 0; }
 bool decode_takes(const ExpertMlp&) { return false; }
 int64_t decode_workspace_bytes(const ExpertMlp&) { return 0; }
 cudaError_t decode(const DecodeArgs&, cudaStream_t) { return cudaErrorInvalidValue; }
