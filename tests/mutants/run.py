@@ -85,6 +85,10 @@ SMALLER: dict[str, tuple[str, str]] = {
     "csrc/cuda/grouped_fma.cu": ("parts < 65535 ? parts : 65535", "parts < 1 ? parts : 1"),
     "csrc/cuda/permute.cu": ("blocks < 1056 ? blocks : 1056", "blocks < 1 ? blocks : 1"),
     "csrc/cuda/grouped_gemm_config.h": (  # two tiles are enough to go through every path
+        '    {"wgmma 2x128x256", 128, 256, 128, 4, 8, 1, false, 2, false, 2},\n'
+        '    {"wgmma 128x256", 128, 256, 128, 4, 8, 1, false, 2},\n'
+        '    {"wgmma 2x64x256", 64, 256, 128, 5, 4, 1, false, 2, true, 2},\n'
+        '    {"wgmma 64x256", 64, 256, 128, 5, 4, 1, false, 2, true},\n'
         '    {"mma 128x256", 128, 256, 64, 4, 2, 4, false},\n    {"mma 128x128", 128, 128, 64, 3, 2, 2, true},\n',
         "",
     ),
