@@ -8,23 +8,9 @@
 #include <cstdint>
 
 #include "../simt/simt.h"
+#include "runtime_types.h"
 #include "tensor_map_types.h"
 
-// Names and values of the toolkit; the attributes are those of CUdevice_attribute.
-enum cudaError_t {
-  cudaSuccess = 0,
-  cudaErrorInvalidValue = 1,
-  cudaErrorInvalidConfiguration = 9,
-  cudaErrorNotSupported = 801,
-  cudaErrorUnknown = 999,
-};
-using cudaStream_t = void*;
-enum cudaDeviceAttr {
-  cudaDevAttrMultiProcessorCount = 16,
-  cudaDevAttrComputeCapabilityMajor = 75,
-  cudaDevAttrComputeCapabilityMinor = 76,
-  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
-};
 /// The driver's words, or after cudaErrorUnknown those of the compiler that failed on this thread.
 const char* cudaGetErrorString(cudaError_t error);
 cudaError_t cudaDriverGetVersion(int* version);

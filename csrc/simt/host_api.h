@@ -5,25 +5,9 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../nvrtc/runtime_types.h"
 #include "../nvrtc/tensor_map_types.h"
 #include "simt.h"
-
-// Same names and values as the toolkit's, so that a launcher reads the same.
-enum cudaError_t {
-  cudaSuccess = 0,
-  cudaErrorInvalidValue = 1,
-  cudaErrorMemoryAllocation = 2,
-  cudaErrorInvalidConfiguration = 9,
-  cudaErrorLaunchFailure = 719,
-  cudaErrorNotSupported = 801,
-};
-using cudaStream_t = void*;
-enum cudaDeviceAttr {
-  cudaDevAttrMultiProcessorCount = 16,
-  cudaDevAttrComputeCapabilityMajor = 75,
-  cudaDevAttrComputeCapabilityMinor = 76,
-  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
-};
 
 /// After a failed launch the text of its report.
 const char* cudaGetErrorString(cudaError_t error);
